@@ -1,0 +1,229 @@
+"""The configuration model: one frozen dataclass per section of `config/*.yaml`.
+
+Every field has a default, so `config/config.yaml` states only what it wants to differ or to show. `common/config.py` builds
+these from YAML with one-line errors, and `config/schema.json` is generated from them. A comment beside a field gives its
+unit, range or reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Lab:
+    """The place where truth comes from: any Gymnasium vector environment of DESIGN's API (default: the MuJoCo tabletop)."""
+
+    env_id: str = "workflow_src.tabletop.env:Tabletop-v0"
+    scene: Literal["one_block", "two_blocks"] = "one_block"
+    tasks: tuple[str, ...] = ("put_on_plate", "lift", "push_left")
+    image_size: int = 48  # pixels, square
+    supersample: int = 2  # rays per pixel side
+    horizon: int = 18  # environment steps of every episode and rollout
+    workers: int = 2  # simulation processes
+    embodiment: str = "tabletop"
+
+
+@dataclass(frozen=True)
+class Split:
+    """How many episodes of which behaviour one split of the data set holds."""
+
+    episodes: int = 100
+    mix: dict[str, float] = field(
+        default_factory=lambda: {"expert": 0.3, "noisy": 0.3, "failing": 0.1, "random": 0.1, "play": 0.2}
+    )
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Recorded robot data."""
+
+    dataset: str = "tabletop"
+    splits: dict[str, Split] = field(
+        default_factory=lambda: {
+            "train": Split(episodes=800),
+            "validation": Split(episodes=64),
+            "judge": Split(episodes=200),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Training:
+    """One optimisation run. All loops share the engine in `training/engine.py`, so all share these fields."""
+
+    steps: int = 1000
+    batch: int = 96  # global batch: the same whatever the number of processes
+    micro_batch: int = 0  # samples per forward and process; 0: as large as the share of the global batch
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices by Muon, everything else by AdamW
+    lr: float = 2e-3  # AdamW
+    muon_lr: float = 0.02
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup: int = 50  # steps
+    decay: float = 0.4  # last fraction of the steps with linear decay to zero; 0: constant
+    clip: float = 1.0  # gradient norm
+    ema: float = 0.995
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the processor has it
+    checkpoint_every: int = 250  # steps
+    keep: int = 2  # checkpoints kept
+    recipe: int = 1  # raise on purpose when the training code changed and old artefacts should be made anew
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The convolutional autoencoder of the tabletop (`kind: conv`), or a frozen Stable Diffusion 3 VAE (`kind: sd3`)."""
+
+    kind: Literal["conv"] = "conv"
+    channels: int = 16
+    downsample: int = 8
+    width: int = 32
+    training: Training = field(default_factory=lambda: Training(steps=1200, batch=32, decay=0.4))
+
+
+@dataclass(frozen=True)
+class Network:
+    """Options of the one network class, `world_model/network.py`. Defaults are the paper's (607.93 M parameters)."""
+
+    in_channels: int = 16
+    patch: int = 2
+    width: int = 1024
+    depth: int = 16
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    action_dim: int = 10
+    attention: Literal["factorised", "joint"] = "factorised"  # spatial then causal temporal, or joint block-causal
+    spatial_rope: Literal["standard", "pixel", "none"] = "standard"
+    temporal: Literal["rope", "relative_bias"] = "rope"
+    previous_frame: bool = False  # previous frame's patches concatenated to the input, gated skip to the output
+    action_mlp: bool = False  # two-layer action embedding instead of one linear layer
+    learned_null: bool = False  # learned "episode start" and "dropped for guidance" embeddings
+    first_frame: bool = False  # the episode's first frame stays in view beyond the window
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the network predicts, and at which noise levels it is trained (Diffusion Forcing: one level per frame)."""
+
+    schedule: Literal["sigmoid", "flow"] = "sigmoid"  # discrete VP schedule with 1000 steps, or rectified flow
+    prediction: Literal["v", "x0", "flow"] = "v"
+    context_probability: float = 0.0  # share of frames trained as lightly noised context
+    context_pattern: Literal["independent", "alternating"] = "independent"  # alternating: neighbours tend to differ
+    context_noise: float = 0.12  # largest noise level of such frames (flow schedule)
+    noise_shift: float = 1.0  # t = s u / (1 + (s - 1) u): above 1 trains more at high noise (flow schedule)
+    action_dropout: float = 0.0  # share of clips whose actions are dropped, for guidance
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How frames are generated."""
+
+    steps: int = 10
+    context_noise: float = 15 / 1000  # level at which context frames are shown, a fraction of full noise
+    window: int = 20  # frames in view, the new ones included
+    horizon: int = 1  # frames generated at once (pyramid schedule)
+    guidance: float = 1.0  # classifier-free guidance over actions; 1: off
+    mode: Literal["exact", "streaming"] = "exact"
+    cached: bool = True  # False: naive full-window recomputation, the tested reference
+
+
+@dataclass(frozen=True)
+class WorldModel:
+    """The action-conditioned video model."""
+
+    network: Network = field(default_factory=Network)
+    objective: Objective = field(default_factory=Objective)
+    sampler: Sampler = field(default_factory=Sampler)
+    convention: Literal["worldgym", "rehearsal"] = "rehearsal"  # action scaling, see `embodiments.py`
+    alignment: Literal["leads_to", "worldgym_train"] = "leads_to"
+    actions: Literal["commanded", "reached"] = "commanded"
+    clip_frames: int = 6
+    contact_weight: float = 0.0  # how much more often clips are drawn in which an object moves all the time; 0: equally
+    mirror: bool = True  # train on left-right mirrored clips as well
+    training: Training = field(default_factory=lambda: Training(steps=1700, optimizer="muon"))
+    processes: int = 1  # torchrun processes on a machine without GPU; with GPUs: one per granted GPU
+
+
+@dataclass(frozen=True)
+class BehaviourCloning:
+    """One separately trained policy network; its snapshots by step count are policies of graded quality."""
+
+    snapshots: tuple[int, ...] = (250, 300, 350, 450, 800)
+    data_fraction: float = 1.0  # share of the training episodes this network sees
+    width: int = 32
+    keypoints: int = 32
+    mirror: bool = False
+    training: Training = field(default_factory=lambda: Training(steps=800, batch=128, lr=3e-3))
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One policy to rank."""
+
+    adapter: str = "tabletop_bc"  # module of `workflow_src/policies/` that serves it
+    network: str = ""  # name of a behaviour-cloning run, for adapters that need one
+    snapshot: int = 0  # training step of that run
+    options: dict[str, float] = field(default_factory=dict)  # adapter options: noise (m), gripper_flips, gain, ...
+    env: str = "tabletop"  # conda environment: envs/<env>.yaml
+    endpoint: str = ""  # ws://host:port of a server that is already running, instead of adapter and env
+    revision: str = ""  # what that server serves, required with `endpoint`
+    token_env: str = ""  # environment variable that holds its token
+    allow_plaintext: bool = False  # permit ws:// to another machine
+
+
+@dataclass(frozen=True)
+class Trials:
+    """The first frames and instructions every policy is tried on, in both worlds."""
+
+    per_task: int = 34
+    root: str = ""  # folder of <task>/<name>.png + .json; empty: drawn from the lab
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The closed loop."""
+
+    repeats: int = 1  # rollouts per trial; in the world model with other noise
+    shards: int = 1  # jobs per policy; changes no result
+    batch: int = 51  # trials side by side, one shape for world model and policy: short batches are padded
+    server_deadline: int = 900  # seconds a policy server may take to load
+    step_timeout: int = 120  # seconds a policy may take for one answer
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Success from video."""
+
+    primary: Literal["classifier", "state"] = "classifier"  # which judge fills `success_imagined`
+    batch: int = 64
+    width: int = 32
+    latent_noise: float = 0.15  # judge training sees tokenizer reconstructions of latents with this noise
+    training: Training = field(default_factory=lambda: Training(steps=700, batch=96, lr=1e-3))
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Agreement statistics."""
+
+    confidence: float = 0.95
+    resamples: int = 2000
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything one run of the workflow depends on."""
+
+    seed: int = 0  # every other seed derives from it
+    results: str = "results"
+    lab: Lab = field(default_factory=Lab)
+    episodes: Episodes = field(default_factory=Episodes)
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    world_model: WorldModel = field(default_factory=WorldModel)
+    behaviour_cloning: dict[str, BehaviourCloning] = field(default_factory=dict)
+    policies: dict[str, Policy] = field(default_factory=dict)
+    trials: Trials = field(default_factory=Trials)
+    rollouts: Rollouts = field(default_factory=Rollouts)
+    judges: Judges = field(default_factory=Judges)
+    analysis: Analysis = field(default_factory=Analysis)
+    reality: str = ""  # CSV of real results (policy, task, success, n, source); empty: the lab is reality

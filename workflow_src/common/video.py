@@ -1,0 +1,57 @@
+"""Short videos on disk: written lossless so that judges and training see the very pixels that were rendered."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from workflow_src.common.errors import UserError
+from workflow_src.common.files import atomic_path
+
+
+def write_video(path: str | Path, frames: np.ndarray, fps: float, lossless: bool = True) -> None:
+    """Write uint8 `(T, H, W, 3)` RGB frames as an H.264 mp4.
+
+    `lossless` stores RGB exactly (4:4:4, quantiser 0). Otherwise yuv420p, which every browser plays; height and width must
+    then be even. One encoder thread: the bytes are the same on every run.
+    """
+    import av
+
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+        raise ValueError(f"frames must be uint8 (T>0, H, W, 3), got {frames.dtype} {frames.shape}")
+    with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        options = {"qp": "0", "preset": "ultrafast"} if lossless else {"crf": "18", "preset": "veryfast"}
+        codec = "libx264rgb" if lossless else "libx264"
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000), options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "rgb24" if lossless else "yuv420p"
+        stream.codec_context.thread_count = 1
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def read_video(path: str | Path) -> np.ndarray:
+    """All frames of a video as uint8 `(T, H, W, 3)` RGB. Raises `UserError` naming a missing or damaged file."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            container.streams.video[0].codec_context.thread_count = 1
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (av.FFmpegError, IndexError, OSError) as error:
+        raise UserError(f"{path}: not a readable video ({error}); delete it and run again") from error
+    if not frames:
+        raise UserError(f"{path}: holds no frame; delete it and run again")
+    return np.stack(frames)
+
+
+def write_gif(path: str | Path, frames: np.ndarray, fps: float, scale: int = 1) -> None:
+    """Write uint8 `(T, H, W, 3)` frames as an endless GIF, each pixel enlarged `scale` times."""
+    import imageio.v3 as imageio
+
+    enlarged = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+    with atomic_path(path) as temporary:
+        imageio.imwrite(temporary, enlarged, plugin="pillow", extension=".gif", duration=round(1000 / fps), loop=0)
