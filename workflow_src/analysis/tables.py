@@ -1,0 +1,325 @@
+"""The tables of a run: policy ranking, per-task rates, agreement with reality, accuracy of the judges."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from workflow_src.analysis import agreement, records
+from workflow_src.analysis import statistics as st
+from workflow_src.analysis.records import IMAGINED, LAB, TRUTH, Outcomes
+from workflow_src.common import seeds
+from workflow_src.common.config import load_stage
+from workflow_src.common.errors import UserError, run_cli
+from workflow_src.common.files import atomic_path
+from workflow_src.common.process import die_with_parent
+from workflow_src.common.sections import Policy
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CROSS_CHECK = "state"
+NO_LABELS = "no labels on generated video"
+RANKING_COLUMNS = [
+    "policy", "family", "network", "snapshot", "judge",
+    "rank_imagined", "success_imagined", "success_imagined_low", "success_imagined_high", "n_imagined",
+    "rank_real", "success_real", "success_real_low", "success_real_high", "n_real",
+    "success_corrected", "corrected_note", "success_imagined_state",
+    "partial_imagined", "partial_real", "success_ever_imagined", "success_ever_real", "unjudged_imagined",
+]  # fmt: skip
+AGREEMENT_COLUMNS = ["scope", "statistic", "value", "low", "high", "n", "interval", "estimand", "pairing", "convention"]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Success rates of P policies on K tasks in one world. All `(P, K)`; `size` is the effective number of rollouts."""
+
+    rate: np.ndarray
+    n: np.ndarray
+    size: np.ndarray
+
+    def intervals(self, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+        """Wilson intervals of the cells."""
+        return st.wilson(self.rate, self.size, confidence)
+
+    def means(self, confidence: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Each policy's success with each task counting alike, and its Wilson interval.
+
+        The mean of K rates with n_k rollouts varies like one rate with K² / Σ(1/n_k) rollouts (K·n if all n_k are n).
+        """
+        rate = self.rate.mean(1)
+        size = self.rate.shape[1] ** 2 / (1 / self.size).sum(1)
+        return rate, *st.wilson(rate, size, confidence)
+
+
+def family(policy: Policy) -> str:
+    """What kind of policy the configuration describes: 'random', 'scripted', 'perturbed' (has options) or 'trained'."""
+    for word, name in (("random", "random"), ("script", "scripted")):
+        if word in policy.adapter and not policy.endpoint:
+            return name
+    return "perturbed" if policy.options else "trained"
+
+
+def rates_of(found: Outcomes) -> Rates:
+    """Cell rates with effective sample sizes: repeats of a first frame are not counted as new samples."""
+    rate, n = found.cells()
+    size = [
+        [st.effective_size(found.successes[p, members], found.counts[p, members]) for members in _members(found)]
+        for p in range(len(rate))
+    ]
+    return Rates(rate, n, np.array(size))
+
+
+def _members(found: Outcomes) -> list[np.ndarray]:
+    return [found.tasks == task for task in range(found.tasks.max() + 1)]
+
+
+# ---- the study: everything the tables are made from -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Study:
+    """One run's judgements as arrays. `real` is None without real results, `truth` also where a CSV gives them."""
+
+    stage: Any
+    judgements: pd.DataFrame
+    policies: list[str]
+    tasks: list[str]
+    imagined: Outcomes
+    state: Outcomes | None
+    truth: Outcomes | None
+    real: Rates | None
+
+    @property
+    def confidence(self) -> float:
+        return self.stage.analysis.confidence
+
+    def trained(self) -> list[str]:
+        return [name for name in self.policies if family(self.stage.policies[name]) == "trained"]
+
+
+def open_study(stage: Any, judgements: pd.DataFrame) -> Study:
+    """Check the judgements against the configuration and bring them into arrays."""
+    policies, tasks = list(stage.policies), list(stage.lab.tasks)
+    has = set(zip(judgements["world"], judgements["judge"]))
+    if (IMAGINED, stage.judges.primary) not in has:
+        raise UserError(
+            f"judgements: none by the primary judge {stage.judges.primary!r} in {IMAGINED}; score them first"
+        )
+
+    def read(world: str, judge: str) -> Outcomes | None:
+        return records.outcomes(judgements, world, judge, policies, tasks) if (world, judge) in has else None
+
+    truth = read(LAB, TRUTH)
+    if stage.reality:
+        rate, n = records.load_reality(stage.reality, policies, tasks)
+        real, truth = Rates(rate, n, n), None
+    else:
+        real = rates_of(truth) if truth is not None else None
+    imagined = read(IMAGINED, stage.judges.primary)
+    return Study(stage, judgements, policies, tasks, imagined, read(IMAGINED, CROSS_CHECK), truth, real)
+
+
+# ---- ranking and per task -------------------------------------------------------------------------------------------
+
+
+def ranking(study: Study) -> pd.DataFrame:
+    """`policy_ranking.csv`: one row per policy, best imagined first."""
+    import pandas as pd
+
+    configured = [study.stage.policies[name] for name in study.policies]
+    imagined = rates_of(study.imagined)
+    table = pd.DataFrame({
+        "policy": study.policies, "family": [family(policy) for policy in configured],
+        "network": [policy.network for policy in configured],
+        "snapshot": [policy.snapshot or None for policy in configured], "judge": study.stage.judges.primary,
+        "success_corrected": np.nan, "corrected_note": NO_LABELS,
+        "success_imagined_state": np.nan if study.state is None else rates_of(study.state).rate.mean(1),
+        "unjudged_imagined": _unjudged(study),
+    })  # fmt: skip
+    table["snapshot"] = table["snapshot"].astype("Int64")
+    for side, rates in (("imagined", imagined), ("real", study.real)):
+        _add_rates(table, side, rates, study.confidence)
+        judge = study.stage.judges.primary if side == "imagined" else TRUTH
+        known = side == "imagined" or study.truth is not None
+        for name, column in (("partial", "partial"), ("success_ever", "success_ever")):
+            table[f"{name}_{side}"] = _means(study, judge, side, column) if known else np.nan
+    table = table.sort_values(["rank_imagined", "policy"], kind="stable", ignore_index=True)
+    return table[RANKING_COLUMNS]
+
+
+def _add_rates(table: pd.DataFrame, side: str, rates: Rates | None, confidence: float) -> None:
+    import pandas as pd
+
+    names = [f"rank_{side}", f"success_{side}", f"success_{side}_low", f"success_{side}_high", f"n_{side}"]
+    if rates is None:
+        table[names] = pd.NA
+        return
+    rate, low, high = rates.means(confidence)
+    for name, values in zip(names, (st.competition_ranks(rate), rate, low, high, rates.n.sum(1).astype(int))):
+        table[name] = values
+
+
+def _means(study: Study, judge: str, side: str, column: str) -> np.ndarray:
+    """Mean of another column of the judgements per policy, each task counting alike; NaN where it is not given."""
+    world = IMAGINED if side == "imagined" else LAB
+    rows = study.judgements[(study.judgements["world"] == world) & (study.judgements["judge"] == judge)]
+    if column not in rows or not rows[column].notna().any():
+        return np.full(len(study.policies), np.nan)
+    rate, _ = records.outcomes(study.judgements, world, judge, study.policies, study.tasks, column).cells()
+    return rate.mean(1)
+
+
+def _unjudged(study: Study) -> list[int]:
+    rows = study.judgements
+    rows = rows[(rows["world"] == IMAGINED) & (rows["judge"] == study.stage.judges.primary) & ~rows["valid"]]
+    return rows["policy"].value_counts().reindex(study.policies).fillna(0).astype(int).tolist()
+
+
+def per_task(study: Study) -> pd.DataFrame:
+    """`per_task.csv`: one row per policy and task, in the configured order."""
+    import pandas as pd
+
+    shape = (len(study.policies), len(study.tasks))
+    p, k = np.indices(shape).reshape(2, -1)
+    table = pd.DataFrame({"policy": np.array(study.policies)[p], "task": np.array(study.tasks)[k]})
+    table["family"] = [family(study.stage.policies[name]) for name in table["policy"]]
+    for side, rates in (("imagined", rates_of(study.imagined)), ("real", study.real)):
+        low, high = rates.intervals(study.confidence) if rates else (None, None)
+        values = (rates.rate, low, high, rates.n.astype(int)) if rates else ([pd.NA],) * 4
+        names = (f"success_{side}", f"success_{side}_low", f"success_{side}_high", f"n_{side}")
+        for name, value in zip(names, values):
+            table[name] = np.ravel(value) if rates else pd.NA
+    table["success_imagined_state"] = np.nan if study.state is None else rates_of(study.state).rate.ravel()
+    return table
+
+
+# ---- agreement ------------------------------------------------------------------------------------------------------
+
+
+def agreement_table(study: Study) -> pd.DataFrame:
+    """`agreement.csv`: one row per scope and statistic; only the header without real results."""
+    import pandas as pd
+
+    if study.real is None:
+        return pd.DataFrame(columns=AGREEMENT_COLUMNS)
+    generator = seeds.rng(study.stage.seed, "agreement")
+    resamples = study.stage.analysis.resamples
+    weights = agreement.frame_weights(study.imagined.tasks, resamples, generator)
+    if study.truth is not None:
+        real_draws, pairing = agreement.frame_draws(study.truth, weights), agreement.SAME_FRAMES
+    else:
+        real_draws = agreement.binomial_draws(study.real.rate, study.real.n, resamples, generator)
+        pairing = agreement.OTHER_FRAMES
+
+    def paired(found: Outcomes) -> agreement.Paired:
+        rate, n = found.cells()
+        return agreement.Paired(
+            tuple(study.policies), tuple(study.tasks), rate, study.real.rate, n, study.real.n,
+            agreement.frame_draws(found, weights), real_draws, pairing,
+        )  # fmt: skip
+
+    return pd.DataFrame(_scopes(study, paired, generator), columns=AGREEMENT_COLUMNS)
+
+
+def _scopes(study: Study, paired, generator: np.random.Generator) -> list[dict[str, Any]]:
+    whole, trained = paired(study.imagined), study.trained()
+    rows = agreement.policy_rows(whole, "all policies", study.confidence, generator)
+    if len(trained) > 1:
+        rows += agreement.policy_rows(whole.only(trained), "trained policies", study.confidence, generator)
+    rows += agreement.cell_rows(whole, "policy x task cells", study.confidence, generator)
+    if len(trained) > 1:
+        some = whole.only(trained)
+        rows += agreement.cell_rows(some, "trained policy x task cells", study.confidence, generator)
+    if study.state is not None:
+        rows += agreement.policy_rows(paired(study.state), "state judge", study.confidence, generator)
+    return rows
+
+
+# ---- judges ---------------------------------------------------------------------------------------------------------
+
+
+def judge_table(
+    judgements: pd.DataFrame, policies: Sequence[str], tasks: Sequence[str], confidence: float
+) -> pd.DataFrame:
+    """`judge.csv`: accuracy, sensitivity and specificity of every judge on lab videos, where truth is known.
+
+    Rows with policy 'all' and task 'all' are over everything. Nothing here says how a judge does on generated video.
+    """
+    import pandas as pd
+
+    columns = ["judge", "policy", "task"]
+    for measure in ("accuracy", "sensitivity", "specificity"):
+        columns += [measure, f"{measure}_low", f"{measure}_high", f"n_{measure}"]
+    lab = judgements[judgements["world"] == LAB]
+    truth = lab[(lab["judge"] == TRUTH) & lab["valid"]].set_index(records.KEY)["success_at_end"].rename("truth")
+    rows = []
+    for judge in sorted(set(lab["judge"]) - {TRUTH}):
+        judged = lab[lab["judge"] == judge].join(truth, on=records.KEY, how="inner")
+        groups = [("all", "all")] + [(policy, "all") for policy in policies] + [("all", task) for task in tasks]
+        for policy, task in groups:
+            chosen = (judged["policy"] == policy) | (policy == "all")
+            part = judged[chosen & ((judged["task"] == task) | (task == "all"))]
+            rows.append({"judge": judge, "policy": policy, "task": task} | _accuracy(part, confidence))
+    return pd.DataFrame(rows, columns=[*columns, "unjudged"])
+
+
+def _accuracy(part: pd.DataFrame, confidence: float) -> dict[str, Any]:
+    valid = part[part["valid"]]
+    right = (valid["success_at_end"] >= 0.5) == (valid["truth"] >= 0.5)
+    positive = valid["truth"] >= 0.5
+    row: dict[str, Any] = {"unjudged": int((~part["valid"]).sum())}
+    for measure, chosen in (("accuracy", right | ~right), ("sensitivity", positive), ("specificity", ~positive)):
+        hits = right[chosen].astype(float).groupby(valid["trial_id"][chosen]).agg(["sum", "count"])
+        n = int(hits["count"].sum())
+        row[f"n_{measure}"] = n
+        if n:
+            # The same first frame seen under several policies counts once as far as it misleads the judge alike.
+            size = st.effective_size(hits["sum"].to_numpy(), hits["count"].to_numpy())
+            row[measure] = hits["sum"].sum() / n
+            row[f"{measure}_low"], row[f"{measure}_high"] = map(float, st.wilson(row[measure], size, confidence))
+    return row
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+def write_csv(table: pd.DataFrame, path: str | Path) -> None:
+    """Write a table atomically, nine digits at most, nothing for what is not known."""
+    with atomic_path(path) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.9g")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Turn judgements into policy_ranking, per_task, agreement and judge tables.",
+        epilog="example:\n  python -m workflow_src.analysis.tables --config results/config/analysis.json "
+        "--judgements results/judgements/*/*/*.parquet --rollouts results/rollouts/*/*/*/rollouts.parquet "
+        "--out-ranking results/tables/policy_ranking.csv --out-per-task results/tables/per_task.csv "
+        "--out-agreement results/tables/agreement.csv --out-judge results/tables/judge.csv",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="stage file")
+    parser.add_argument("--judgements", nargs="+", required=True, help="parquet files written by judges.score")
+    parser.add_argument("--rollouts", nargs="+", required=True, help="rollouts.parquet files")
+    for name in ("ranking", "per-task", "agreement", "judge"):
+        parser.add_argument(f"--out-{name}", required=True, help="CSV to write")
+    arguments = parser.parse_args()
+    die_with_parent()
+    stage = load_stage(arguments.config)
+    judgements = records.load_judgements(arguments.judgements)
+    records.check_judged(records.load_rollouts(arguments.rollouts), judgements)
+    study = open_study(stage, judgements)
+    write_csv(per_task(study), arguments.out_per_task)
+    write_csv(agreement_table(study), arguments.out_agreement)
+    write_csv(judge_table(judgements, study.policies, study.tasks, study.confidence), arguments.out_judge)
+    write_csv(ranking(study), arguments.out_ranking)
+
+
+if __name__ == "__main__":
+    run_cli(main)
