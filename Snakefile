@@ -1,0 +1,62 @@
+# Rehearsal: rank robot policies by rehearsing them inside a learned world model.
+#
+#   snakemake --cores all --use-conda results/tables/policy_ranking.csv
+#   snakemake --cores all --configfile config/tabletop_full.yaml
+#
+# This file is the table of contents; each stage's rules, inputs and outputs are described in rules/<stage>.smk.
+import sys
+
+from snakemake.utils import min_version
+
+min_version("9.20")
+
+sys.path.insert(0, workflow.basedir)
+from workflow_src.workflow import (
+    WORLDS,
+    any_of,
+    limit_servers,
+    open_workflow,
+    shell_prefix,
+)
+
+# A configuration file given on the command line replaces the default one as a whole, so that policies can be left out.
+if "policies" not in config:
+
+    configfile: f"{workflow.basedir}/config/config.yaml"
+
+
+flow = open_workflow(config)
+results = flow.results
+ROLLOUTS = "{results}/rollouts/{world}/{policy}/shard_{shard}/rollouts.parquet"
+shell.prefix(shell_prefix(workflow.deployment_settings.deployment_method))
+limit_servers(workflow)
+
+
+report: "config/report/workflow.rst"
+
+
+wildcard_constraints:
+    dataset=any_of([flow.config.episodes.dataset]),
+    split=any_of(flow.config.episodes.splits),
+    network=any_of(flow.config.behaviour_cloning) or "none",
+    policy=any_of(flow.config.policies),
+    world=any_of(WORLDS),
+    shard=r"\d+",
+
+
+# The default target stands first.
+rule all:
+    input:
+        f"{results}/tables/policy_ranking.csv",
+        f"{results}/figures/policy_ranking.png",
+        f"{results}/gallery/index.html",
+        f"{results}/notebooks/policy_ranking.html",
+
+
+include: "rules/episodes.smk"
+include: "rules/world_model.smk"
+include: "rules/policies.smk"
+include: "rules/rollouts.smk"
+include: "rules/judgements.smk"
+include: "rules/analysis.smk"
+include: "rules/notebooks.smk"

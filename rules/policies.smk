@@ -1,0 +1,46 @@
+"""
+Policies: training of the tabletop's own, and one server per (policy, shard).
+
+needs   the train split; results/policies/<network>/ for policies that load a trained network
+makes   results/policies/<network>/<network>.json beside its snapshots; an endpoint file for each running server
+how     servers are service jobs, each in its policy's own environment: Snakemake starts one with the rollouts that
+        consume it and ends it by SIGTERM when they are done, therefore `exec`
+"""
+
+
+rule train_policy_network:
+    input:
+        config=flow.stage("behaviour_cloning/{network}"),
+        episodes=f"{flow.episodes}/train/episodes.parquet",
+    output:
+        f"{results}/policies/{{network}}/{{network}}.json",
+    log:
+        f"{results}/logs/train_policy_network/{{network}}.log",
+    benchmark:
+        f"{results}/benchmarks/train_policy_network/{{network}}.jsonl"
+    conda:
+        "../envs/base.yaml"
+    threads: 1
+    params:
+        state=f"{results}/state/policies/{{network}}",
+    shell:
+        "python -m workflow_src.training.behaviour_cloning --config {input.config} --network {wildcards.network}"
+        " --episodes {input.episodes} --out {output} --state {params.state} 2>&1 | tee {log}"
+
+
+rule serve_policy:
+    input:
+        config=flow.stage("policies/{policy}"),
+        networks=lambda wildcards: flow.network_files(wildcards.policy),
+    output:
+        service(f"{results}/endpoints/{{policy}}/{{shard}}.json"),
+    log:
+        f"{results}/logs/serve_policy/{{policy}}/{{shard}}.log",
+    conda:
+        lambda wildcards: f"../envs/{flow.config.policies[wildcards.policy].env}.yaml"
+    threads: 0
+    params:
+        networks=f"{results}/policies",
+    shell:
+        "exec python -m workflow_src.policies.serve --config {input.config} --policy {wildcards.policy}"
+        " --networks {params.networks} --endpoint-file {output} --log {log} --threads 1"

@@ -1,0 +1,61 @@
+"""
+Rollouts: every policy in the lab and in the world model, from the same first frames, by the same code.
+
+needs   trials, the world model, a policy endpoint (a service job's, or a server that is already running)
+makes   results/trials/trials.json; results/rollouts/<world>/<policy>/shard_<i>/rollouts.parquet, written last, beside
+        one video and one npz per rollout
+how     one job rolls a (policy, shard) out in both worlds; finished rollouts are not redone after an interruption
+"""
+
+
+rule draw_trials:
+    input:
+        config=flow.stage("trials"),
+    output:
+        f"{results}/trials/trials.json",
+    log:
+        f"{results}/logs/draw_trials.log",
+    conda:
+        "../envs/base.yaml"
+    shell:
+        "python -m workflow_src.rollouts.trials --config {input.config} --out {output} 2>&1 | tee {log}"
+
+
+rule roll_out:
+    input:
+        unpack(
+            lambda wildcards: (
+                {"endpoint": f"{results}/endpoints/{wildcards.policy}/{wildcards.shard}.json"}
+                if flow.served(wildcards.policy)
+                else {}
+            )
+        ),
+        config=flow.stage("policies/{policy}"),
+        networks=lambda wildcards: flow.network_files(wildcards.policy),
+        trials=f"{results}/trials/trials.json",
+        world_model=f"{results}/world_model/model.safetensors",
+    output:
+        lab=f"{results}/rollouts/lab/{{policy}}/shard_{{shard}}/rollouts.parquet",
+        world_model=f"{results}/rollouts/world_model/{{policy}}/shard_{{shard}}/rollouts.parquet",
+    log:
+        f"{results}/logs/roll_out/{{policy}}/{{shard}}.log",
+    benchmark:
+        f"{results}/benchmarks/roll_out/{{policy}}/{{shard}}.jsonl"
+    retries: 1
+    conda:
+        "../envs/base.yaml"
+    threads: 1
+    resources:
+        servers=lambda wildcards: int(flow.served(wildcards.policy)),
+        # Patience in seconds is no part of a result: as resources, these rerun nothing.
+        server_deadline=flow.config.rollouts.server_deadline,
+        step_timeout=flow.config.rollouts.step_timeout,
+    params:
+        endpoint=lambda wildcards, input: input.get("endpoint") or flow.config.policies[wildcards.policy].endpoint,
+        shards=flow.config.rollouts.shards,
+    shell:
+        "python -m workflow_src.rollouts.run --config {input.config} --policy {wildcards.policy}"
+        " --shard {wildcards.shard} --shards {params.shards} --endpoint {params.endpoint} --trials {input.trials}"
+        " --world-model {input.world_model} --lab-out {output.lab} --world-model-out {output.world_model}"
+        " --server-deadline {resources.server_deadline} --step-timeout {resources.step_timeout}"
+        " 2>&1 | tee {log}"

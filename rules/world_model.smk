@@ -1,0 +1,79 @@
+"""
+Tokenizer, latent cache and world model.
+
+needs   episode stores of the splits train and validation
+makes   results/tokenizer/, results/latents/<split>/, results/world_model/ (each with one declared file, written last)
+how     a core per process: small networks gain nothing from threads (common/compute.py), so independent trainings run side
+        by side and the world model on several processes under torchrun; state for resuming lies undeclared in results/state/
+"""
+
+
+rule train_tokenizer:
+    input:
+        config=flow.stage("tokenizer"),
+        episodes=f"{flow.episodes}/train/episodes.parquet",
+        validation=f"{flow.episodes}/validation/episodes.parquet",
+    output:
+        f"{results}/tokenizer/model.safetensors",
+    log:
+        f"{results}/logs/train_tokenizer.log",
+    benchmark:
+        f"{results}/benchmarks/train_tokenizer.jsonl"
+    # Everything else waits for it.
+    priority: 10
+    conda:
+        "../envs/base.yaml"
+    threads: 1
+    params:
+        state=f"{results}/state/tokenizer",
+    shell:
+        "python -m workflow_src.training.tokenizer --config {input.config} --episodes {input.episodes}"
+        " --validation {input.validation} --out {output} --state {params.state} 2>&1 | tee {log}"
+
+
+rule cache_latents:
+    input:
+        config=flow.stage("latents"),
+        episodes=f"{flow.episodes}/{{split}}/episodes.parquet",
+        tokenizer=f"{results}/tokenizer/model.safetensors",
+    output:
+        f"{results}/latents/{{split}}/latents.json",
+    log:
+        f"{results}/logs/cache_latents/{{split}}.log",
+    benchmark:
+        f"{results}/benchmarks/cache_latents/{{split}}.jsonl"
+    conda:
+        "../envs/base.yaml"
+    threads: 1
+    params:
+        tokenizer=f"{results}/tokenizer",
+    shell:
+        "python -m workflow_src.episodes.latents --config {input.config} --episodes {input.episodes}"
+        " --tokenizer {params.tokenizer} --out {output} 2>&1 | tee {log}"
+
+
+rule train_world_model:
+    input:
+        config=flow.stage("world_model"),
+        latents=f"{results}/latents/train/latents.json",
+        episodes=f"{flow.episodes}/train/episodes.parquet",
+        validation=f"{results}/latents/validation/latents.json",
+        validation_episodes=f"{flow.episodes}/validation/episodes.parquet",
+        tokenizer=f"{results}/tokenizer/model.safetensors",
+    output:
+        f"{results}/world_model/model.safetensors",
+    log:
+        f"{results}/logs/train_world_model.log",
+    benchmark:
+        f"{results}/benchmarks/train_world_model.jsonl"
+    conda:
+        "../envs/base.yaml"
+    threads: flow.config.world_model.processes
+    params:
+        state=f"{results}/state/world_model",
+        tokenizer=f"{results}/tokenizer",
+    shell:
+        "torchrun --standalone --nproc-per-node={threads} -m workflow_src.training.world_model"
+        " --config {input.config} --latents {input.latents} --episodes {input.episodes}"
+        " --validation {input.validation} --validation-episodes {input.validation_episodes}"
+        " --tokenizer {params.tokenizer} --out {output} --state {params.state} 2>&1 | tee {log}"
