@@ -1,0 +1,43 @@
+"""What all tests share: one torch thread, and host-dependent tests that may or may not be skipped."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+
+import pytest
+
+from tests.chain import finished  # noqa: F401  (a fixture for all)
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Name → whether this host has it. REHEARSAL_REQUIRE=name,… turns a skip into a failure (CI names what must not be skipped).
+HOST = {
+    "conda": lambda: shutil.which("conda") is not None,
+    "chromium": lambda: shutil.which("chromium") is not None,
+    "mount": lambda: can_mount(),
+}
+
+
+@functools.cache
+def can_mount() -> bool:
+    """Whether tests may mount a small disk here, which takes root."""
+    with tempfile.TemporaryDirectory() as folder:
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, check=False
+        )
+        return mounted.returncode == 0 and subprocess.run(["umount", folder], check=False).returncode == 0
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    required = os.environ.get("REHEARSAL_REQUIRE", "").split(",")
+    for mark in item.iter_markers("requires"):
+        (name,) = mark.args
+        if not HOST[name]():
+            if name in required:
+                pytest.fail(f"{name} is required by REHEARSAL_REQUIRE but is not on this machine")
+            pytest.skip(f"needs {name}, which is not on this machine")

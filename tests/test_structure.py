@@ -1,0 +1,107 @@
+"""The structure that DESIGN promises: who may import whom, thin packages, pinned environments, no stray output."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from envs.make_environments import ENVIRONMENTS, pins, text
+from workflow_src.workflow import ROOT
+
+PACKAGE = ROOT / "workflow_src"
+
+# Room → rooms it may import (besides itself). `common` and `embodiments` lie below everything; `training` may import all.
+MAY_IMPORT = {
+    "common": set(),
+    "embodiments": {"common"},
+    "tabletop": {"common", "embodiments"},
+    "episodes": {"common", "embodiments", "world_model"},  # world_model: the tokenizer of the latent cache
+    "world_model": {"common", "embodiments"},
+    "policies": {"common", "embodiments"},
+    "rollouts": {"common", "embodiments", "policies", "episodes"},
+    "judges": {"common", "episodes", "rollouts", "tabletop"},
+    "analysis": {"common", "rollouts"},
+}
+HEAVY = {"tensorflow", "jax", "transformers", "diffusers", "mujoco", "openai"}
+
+
+def imports(path):
+    """(module, whether it is at the top level) for every import of a source file."""
+    tree = ast.parse(path.read_text())
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, id(node) in top
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+SOURCES = [path for path in sorted(PACKAGE.rglob("*.py")) if room_of(path) in MAY_IMPORT]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_rooms_import_only_what_they_may(path):
+    room = room_of(path)
+    allowed = MAY_IMPORT[room] | {room}
+    if path.name == "tabletop_scripted.py":
+        allowed |= {"tabletop"}  # the scripted policy is the expert behind a state estimate
+    for module, _ in imports(path):
+        if module.startswith("workflow_src."):
+            assert module.split(".")[1] in allowed, f"{path.relative_to(ROOT)} imports {module}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_package_files_import_nothing(path):
+    assert list(imports(path)) == []
+
+
+def test_heavy_frameworks_have_one_door_each():
+    """Only the simulator's own modules import MuJoCo at their top; no room imports the others there."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for module, at_top in imports(path):
+            if at_top and module.split(".")[0] in HEAVY:
+                assert room_of(path) == "tabletop", f"{path.relative_to(ROOT)} imports {module} at its top"
+
+
+def test_common_and_policies_import_without_torch():
+    """Policy environments bring their own frameworks; what they import of ours must not ask for another."""
+    code = (
+        "import sys, importlib\n"
+        "for name in ['torch', 'pandas', 'mujoco', 'gymnasium', 'snakemake', 'av']: sys.modules[name] = None\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+    )
+    rooms = ("common", "policies")
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for room in rooms
+        for path in sorted((PACKAGE / room).glob("*.py"))
+        if path.stem != "__init__"
+    ]
+    subprocess.run([sys.executable, "-c", code, "workflow_src.embodiments", *modules], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_environment_files_follow_the_constraints(name):
+    path = ROOT / "envs" / f"{name}.yaml"
+    assert path.read_text() == text(name), "run: python envs/make_environments.py"
+    environment = yaml.safe_load(path.read_text())
+    (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    for pin in pip:
+        package, _, version = pin.partition("==")
+        assert pins()[package.lower()] == version
+
+
+def test_notebooks_hold_no_output():
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        for cell in json.loads(path.read_text())["cells"]:
+            if cell["cell_type"] == "code":
+                assert cell["outputs"] == [] and cell["execution_count"] is None, path.name
