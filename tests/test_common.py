@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -92,6 +93,27 @@ def test_gif_is_enlarged(tmp_path):
     with Image.open(tmp_path / "a.gif") as image:
         assert image.size == (32, 32)
         assert image.n_frames == 3
+
+
+def test_a_line_is_written_in_one_piece_whatever_the_buffering():
+    """Into a socket of messages, where every write arrives by itself: lines of jobs that share a pipe stay whole."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    script = """
+        from workflow_src.common.errors import UserError, run_cli
+        from workflow_src.common.progress import Progress
+
+        with Progress(2, "count", every=0) as progress:
+            progress.update()
+        def main(): raise UserError("a: b")
+        run_cli(main)
+    """
+    subprocess.run([sys.executable, "-u", "-c", textwrap.dedent(script)], stderr=theirs)
+    theirs.close()
+    ours.settimeout(1)
+    messages = [ours.recv(4096).decode() for _ in range(3)]
+    ours.close()
+    assert [message[:5] for message in messages] == ["count", "count", "error"]
+    assert all(message.endswith("\n") and message.count("\n") == 1 for message in messages)
 
 
 @pytest.mark.parametrize(

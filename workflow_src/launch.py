@@ -22,6 +22,7 @@ import yaml
 
 from workflow_src.common.errors import UserError, run_cli
 from workflow_src.common.process import PR_SET_PDEATHSIG, descendants
+from workflow_src.common.progress import say
 from workflow_src.workflow import ROOT
 
 MISTAKE = 2  # Snakemake's exit code where configuration or command line are wrong; the line that says so is printed
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = _run([*command, *passed, "--", *options.targets])
     if code:
         if code != MISTAKE:
-            print("stopped before the end: finished work is kept, the same command continues", file=sys.stderr)
+            say("stopped before the end: finished work is kept, the same command continues")
         sys.exit(code if code > 0 else 128 - code)
     if not passed:
         _show_summary(options, started)
@@ -100,7 +101,7 @@ def _clear_stale_lock(command: list[str]) -> None:
         return
     if others := _snakemakes_here():
         raise UserError(f"Snakemake (process {others[0]}) is at work in {Path.cwd()}; wait for it, or stop it first")
-    print("a run was killed here; removing its lock and continuing where it stopped", file=sys.stderr)
+    say("a run was killed here; removing its lock and continuing where it stopped")
     shutil.rmtree(locks)
     locks.mkdir()
 

@@ -15,6 +15,7 @@ from workflow_src.common import config as configuration
 from workflow_src.common.config import check_name, to_dict, write_stage
 from workflow_src.common.errors import UserError
 from workflow_src.common.files import write_if_changed
+from workflow_src.common.progress import say
 from workflow_src.common.sections import Config, Policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -204,9 +205,8 @@ def open_workflow(mapping: dict[str, Any]) -> Workflow:
         workflow.write_stage_files()
         return workflow
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         # Snakemake turns any exception into a traceback; a plain exit here is the one line that was promised.
-        sys.stderr.flush()
         os._exit(2)
 
 

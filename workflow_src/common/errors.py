@@ -8,6 +8,8 @@ import re
 import sys
 from collections.abc import Callable
 
+from workflow_src.common.progress import say
+
 
 class UserError(Exception):
     """Something the user can mend. The message is one line: file, field, value, remedy."""
@@ -31,7 +33,7 @@ def run_cli(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -43,6 +45,6 @@ def run_cli(main: Callable[[], None]) -> None:
         if not disk_full(error):
             raise
         where = error.filename or "the results folder"
-        print(f"error: no space left on the device that holds {where}: free some and start again; "
-              "finished work is kept", file=sys.stderr)  # fmt: skip
+        say(f"error: no space left on the device that holds {where}: free some and start again; "
+            "finished work is kept")  # fmt: skip
         sys.exit(2)

@@ -6,6 +6,16 @@ import sys
 import time
 
 
+def say(text: str) -> None:
+    """Write `text` as a line to stderr, in one piece.
+
+    Jobs share a terminal and their output is not buffered: `print` would write the end of the line apart, and another
+    job's line could come in between.
+    """
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 class Progress:
     """Prints `label  300/1700  18%  2.1 step/s  ETA 4:12  note` to stderr, at most once in `every` seconds.
 
@@ -37,12 +47,12 @@ class Progress:
         eta = clock((self.total - self.count) / rate) if rate > 0 else "?"
         parts = [f"{self.label:<16}", f"{self.count}/{self.total}", f"{100 * self.count // max(self.total, 1)}%",
                  f"{rate:.3g} {self.unit}/s", f"ETA {eta}", note]  # fmt: skip
-        print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
+        say("  ".join(part for part in parts if part))
 
     def __exit__(self, kind, *_: object) -> None:
         if kind is None:
             seconds = time.monotonic() - self._start
-            print(f"{self.label:<16}  {self.count} {self.unit}s in {clock(seconds)}", file=sys.stderr, flush=True)
+            say(f"{self.label:<16}  {self.count} {self.unit}s in {clock(seconds)}")
 
 
 def clock(seconds: float) -> str:

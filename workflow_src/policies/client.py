@@ -10,7 +10,6 @@ import ipaddress
 import json
 import socket
 import struct
-import sys
 import time
 import urllib.error
 import urllib.parse
@@ -25,6 +24,7 @@ from websockets.sync.client import connect as open_websocket
 
 from workflow_src.common.errors import UserError
 from workflow_src.common.process import alive
+from workflow_src.common.progress import say
 from workflow_src.policies import wire
 
 POLL = 0.2  # seconds between two looks at a server that is loading
@@ -135,7 +135,7 @@ def _wait_for_health(peer: _Peer, end: float, deadline: float) -> None:
         if time.monotonic() > end:
             raise peer.error(f"its server was not ready within {deadline:g} s (last stage: {stage})")
         if stage != shown:
-            print(f"policy {peer.policy}: {stage}", file=sys.stderr, flush=True)
+            say(f"policy {peer.policy}: {stage}")
             shown = stage
         time.sleep(POLL)
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
 
 from workflow_src.common.errors import UserError, run_cli
 from workflow_src.common.process import die_with_parent, start_watchdog_on_sigterm
+from workflow_src.common.progress import say
 from workflow_src.policies import lifecycle
 
 EXAMPLES = """examples:
@@ -63,7 +63,7 @@ def load(options: argparse.Namespace):
     policy = stage.policies[options.policy]
     loaded = adapter.load(options.policy, policy, options.networks, stage.lab, stage.seed, stage.rollouts.batch)
     loaded.metadata = replace(loaded.metadata, name=options.policy)
-    print(f"policy {options.policy} is ready: revision {loaded.metadata.revision}", file=sys.stderr, flush=True)
+    say(f"policy {options.policy} is ready: revision {loaded.metadata.revision}")
     return loaded
 
 
@@ -123,7 +123,7 @@ def main() -> None:
     outcome: list[int] = []
     worker = threading.Thread(target=infer, args=(server, options, outcome), name="inference", daemon=True)
     worker.start()
-    print(f"ending: {wait(server, options, worker)}", file=sys.stderr, flush=True)
+    say(f"ending: {wait(server, options, worker)}")
     # After a failure the endpoint file stays: it leads the client to this log.
     lifecycle.end(outcome[0] if outcome else 0, (lambda: None) if outcome else clean)
 

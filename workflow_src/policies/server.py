@@ -7,7 +7,6 @@ import hmac
 import http
 import queue
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -17,6 +16,7 @@ from concurrent.futures import Future
 import websockets
 from websockets.sync.server import Server, ServerConnection, serve
 
+from workflow_src.common.progress import say
 from workflow_src.policies import wire
 from workflow_src.policies.adapter import Adapter, read_observation
 
@@ -106,7 +106,7 @@ class PolicyServer:
         return False
 
     def _refuse(self, connection: ServerConnection, text: str, code: int) -> None:
-        print(text, file=sys.stderr, flush=True)
+        say(text)
         with contextlib.suppress(websockets.ConnectionClosed):
             connection.send(text)
             connection.close(code, "see the message before")

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from workflow_src.common.config import Stage, check_name, load_stage
 from workflow_src.common.errors import UserError, run_cli
 from workflow_src.common.files import digest, sha256_file
 from workflow_src.common.process import die_with_parent
-from workflow_src.common.progress import Progress
+from workflow_src.common.progress import Progress, say
 from workflow_src.embodiments import get
 from workflow_src.policies.client import PolicyClient, connect
 from workflow_src.rollouts.loop import Item, roll_out
@@ -83,7 +82,7 @@ def run(stage: Stage, options: argparse.Namespace, client: PolicyClient) -> None
     items = shard_of(trials, rollouts.repeats, options.shard, options.shards)
     real = [item for item in items if item.trial.initial_state is not None]
     if len(real) < len(items):
-        print(f"{len(items) - len(real)} trial(s) have no initial_state: not rolled out in the lab", file=sys.stderr)
+        say(f"{len(items) - len(real)} trial(s) have no initial_state: not rolled out in the lab")
     hz, served, weights = get(lab.embodiment).control_hz, client.metadata_digest, model_digest(options.world_model)
     # A rollout depends on its own trial; the digest covers all, so a changed set of trials starts afresh.
     key = [stage.digest, served, trials_digest(trials)]

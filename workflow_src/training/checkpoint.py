@@ -7,7 +7,6 @@ tensors' sha256 and the history. No pickle: loading a checkpoint runs no code.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from workflow_src.common.files import atomic_path, sha256_file, write_text
+from workflow_src.common.progress import say
 
 
 @dataclass(frozen=True)
@@ -81,4 +81,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    say(f"warning: {text}")

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from workflow_src.common.files import write_text
+from workflow_src.common.progress import say
 from workflow_src.common.video import write_gif
 from workflow_src.episodes.latents import Latents
 from workflow_src.episodes.store import Arrays
@@ -52,10 +53,9 @@ def validate(
         both = np.concatenate([truth[index], np.concatenate([truth[index, :1], imagined[""][index]])], axis=2)
         write_gif(folder / "samples" / f"episode_{index:03d}.gif", both, card.control_hz, scale=4)
     last = rows[-1]
-    print(
+    say(
         f"world model: PSNR {rows[0]['psnr']:.1f} dB after 1 step, {last['psnr']:.1f} dB after {last['horizon']} "
-        f"(frozen frame {last['psnr_frozen']:.1f}, other actions {last['psnr_shuffled']:.1f})",
-        flush=True,
+        f"(frozen frame {last['psnr_frozen']:.1f}, other actions {last['psnr_shuffled']:.1f})"
     )
     return rows
 

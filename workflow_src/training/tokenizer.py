@@ -17,6 +17,7 @@ from workflow_src.common import sections
 from workflow_src.common.config import load_stage, to_dict
 from workflow_src.common.errors import UserError, run_cli
 from workflow_src.common.files import atomic_path, digest, sha256_file, write_json
+from workflow_src.common.progress import say
 from workflow_src.common.provenance import record
 from workflow_src.common.seeds import derive
 from workflow_src.episodes.store import EpisodeStore
@@ -127,7 +128,7 @@ def write_artefact(out: Path, engine: Engine, images: np.ndarray) -> None:
         "psnr_mirrored": psnr(tokenizer.decode(tokenizer.encode(mirrored)), mirrored),
     }
     validation = {name: round(float(values.mean()), 3) for name, values in both.items()}
-    print(f"tokenizer: reconstruction PSNR {validation['psnr']:.1f} dB on {len(images)} validation frames", flush=True)
+    say(f"tokenizer: reconstruction PSNR {validation['psnr']:.1f} dB on {len(images)} validation frames")
     config = tokenizer.config
     out.parent.mkdir(parents=True, exist_ok=True)
     engine.write_metrics(out.with_name("metrics.csv"))
