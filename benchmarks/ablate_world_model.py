@@ -62,7 +62,9 @@ def measure(results: Path, name: str, changes: str, steps: int, policies: bool) 
     torch.manual_seed(1)
     state = results / "state" / "ablations" / name
     shutil.rmtree(state, ignore_errors=True)
-    engine = Engine(build_network(card), loss, stage.world_model.training, seed=5, state=state, digest=name, label=name)
+    loss.show_own_frames(state, name)
+    engine = Engine(build_network(card), loss, stage.world_model.training, seed=5, state=state, digest=name, label=name,
+                    prepare=loss.prepare)  # fmt: skip
     began = time.process_time()
     network = engine.run().eval()
     seconds = time.process_time() - began

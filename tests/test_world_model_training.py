@@ -85,7 +85,7 @@ def test_a_clip_shows_the_action_that_led_to_each_frame(prepared):
     loss = make_loss(prepared)
     episodes = EpisodeStore(prepared[1]["episodes"].parent).load_all()
     choice = Choice(np.array([5, 7, 5]), np.array([2, 0, 2]), np.array([False, False, True]))
-    clean, first, actions = loss.batch(choice)
+    clean, first, actions = loss.read(choice.episode, loss.clips.frame_numbers(choice), choice.mirrored)
     units = to_world_model(episodes.actions, "tabletop", "rehearsal")
     np.testing.assert_allclose(actions[0], units[5, 1:5])  # mid-episode: the true preceding action
     np.testing.assert_allclose(actions[1, 0], 0)

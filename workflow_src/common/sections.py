@@ -129,6 +129,16 @@ class Sampler:
 
 
 @dataclass(frozen=True)
+class OwnFrames:
+    """Training on the model's own rollouts as context, against drift."""
+
+    share: float = 0.0  # share of the clips that show own frames; 0: off
+    begin: float = 0.5  # fraction of the training without them
+    every: int = 300  # steps between refreshes of the rollouts
+    horizon: int = 8  # steps of a rollout
+
+
+@dataclass(frozen=True)
 class WorldModel:
     """The action-conditioned video model."""
 
@@ -141,6 +151,7 @@ class WorldModel:
     clip_frames: int = 6
     contact_weight: float = 0.0  # how much more often clips are drawn in which an object moves all the time; 0: equally
     mirror: bool = True  # train on left-right mirrored clips as well
+    own_frames: OwnFrames = field(default_factory=OwnFrames)
     training: Training = field(default_factory=lambda: Training(steps=1700, optimizer="muon"))
     processes: int = 1  # torchrun processes on a machine without GPU; with GPUs: one per granted GPU
 

@@ -17,11 +17,15 @@ OPENING_SHARE = 0.15  # of the clips start at frame 0 on top of those that do so
 
 @dataclass(frozen=True)
 class Choice:
-    """B chosen clips: `episode`, `start` int64 (B,) and `mirrored` bool (B,)."""
+    """B chosen clips: `episode`, `start` int64 (B,) and `mirrored` bool (B,).
+
+    `own` int64 (B,): where in the model's own rollout of the episode the clip begins; -1: only recorded frames.
+    """
 
     episode: np.ndarray
     start: np.ndarray
     mirrored: np.ndarray
+    own: np.ndarray | None = None
 
 
 class Clips:

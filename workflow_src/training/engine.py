@@ -46,18 +46,20 @@ class Engine:
 
     `loss(model, step, samples)` gets int64 global sample indices of one micro-batch (numbers in 0..batch-1) and returns
     `{"loss": mean over these samples, name: other means…}`, always the same names. `hooks[s](s, ema)` runs on rank 0
-    once `s` updates are done, before the checkpoint of that step. `describe(step, samples)` gives, JSON-able, what a
-    batch consisted of; it is saved when the loss is no longer finite. `state` belongs to this training; checkpoints
+    once `s` updates are done, before the checkpoint of that step. `prepare(step, ema)` runs on every process before update
+    number `step`; what it makes must follow from its arguments or lie on disk. `describe(step, samples)` gives, JSON-able,
+    what a batch consisted of; it is saved when the loss is no longer finite. `state` belongs to this training; checkpoints
     of another `digest` in it are ignored and removed.
     """
 
     def __init__(self, model: nn.Module, loss: Loss, config: Training, *, seed: int, state: Path, digest: str,
                  label: str, hooks: Mapping[int, Hook] | None = None,
-                 describe: Callable[[int, np.ndarray], object] | None = None):  # fmt: skip
+                 describe: Callable[[int, np.ndarray], object] | None = None,
+                 prepare: Hook | None = None):  # fmt: skip
         self.processes = join()
         self.config, self.seed, self.label = config, seed, label
         self.state, self.digest = Path(state), digest
-        self.loss, self.hooks, self.describe = loss, dict(hooks or {}), describe
+        self.loss, self.hooks, self.describe, self.prepare = loss, dict(hooks or {}), describe, prepare
         self.samples = _share(config.batch, self.processes.rank, self.processes.size)
         self.model = model.to(self.processes.device).train()
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -87,6 +89,8 @@ class Engine:
         with self._stop_on_sigterm(), progress if self.processes.first else contextlib.nullcontext():
             while self.step < self.config.steps:
                 started = time.monotonic()
+                if self.prepare is not None:
+                    self.prepare(self.step, self.ema)
                 self._update()
                 self._seconds += time.monotonic() - started
                 progress.update(1, f"loss {self.history[-1]['loss']:.4f}" if self.history else "")

@@ -27,6 +27,7 @@ from workflow_src.episodes.store import Arrays, EpisodeStore
 from workflow_src.training import randomness, replay
 from workflow_src.training.distributed import join, leave
 from workflow_src.training.engine import Engine
+from workflow_src.training.own_frames import OwnFrames
 from workflow_src.world_model.artefact import Card, build_network, save_artefact
 from workflow_src.world_model.diffusion import Objective
 
@@ -52,9 +53,11 @@ def main() -> None:
     card = make_card(stage, episodes, latents)
     loss = DiffusionForcing(card, stage.world_model, episodes, latents, derive(stage.seed, "world_model"))
     torch.manual_seed(derive(stage.seed, "world_model", "weights"))
+    identity = digest([stage.digest, latents.tokenizer, latents.episodes])
+    loss.show_own_frames(arguments.state, identity)
     engine = Engine(
-        build_network(card), loss, stage.world_model.training, seed=loss.seed, state=arguments.state,
-        digest=digest([stage.digest, latents.tokenizer, latents.episodes]), label="world model", describe=loss.describe,
+        build_network(card), loss, stage.world_model.training, seed=loss.seed, state=arguments.state, digest=identity,
+        label="world model", describe=loss.describe, prepare=loss.prepare,
     )  # fmt: skip
     network = engine.run()
     if processes.first:
@@ -68,6 +71,7 @@ def main() -> None:
         plot_loss(folder / "loss.png", engine.history)
         replay.validate(folder, network, card, arguments.tokenizer, held_out, validation, seed=loss.seed)
         save_artefact(folder, network, card, arguments.tokenizer)
+        loss.forget_own_frames()
     processes.barrier()
     leave()
 
@@ -149,16 +153,34 @@ class DiffusionForcing:
         actions = world_model_actions(episodes, card)
         self.actions = (actions, embodiments.mirror_actions(actions, card.embodiment))
         self.mean, self.std = (torch.tensor(value, device=self.device) for value in (card.mean, card.std))
+        self.own: OwnFrames | None = None
+
+    def show_own_frames(self, folder: Path, digest: str) -> None:
+        """From the configured step on, show the model its own rollouts too; they are kept in `folder`."""
+        if self.config.own_frames.share > 0:
+            self.own = OwnFrames(self.card, self.config, self.read, *self.latents[0].shape[:2], self.seed,
+                                 folder, digest, join())  # fmt: skip
+
+    def prepare(self, step: int, ema: nn.Module) -> None:
+        """Before update number `step`, on every process."""
+        if self.own is not None:
+            self.own.prepare(step, ema)
+
+    def forget_own_frames(self) -> None:
+        """Free their disk space: the training is over."""
+        if self.own is not None:
+            self.own.clear()
 
     def choose(self, step: int, samples: np.ndarray) -> Choice:
-        return self.clips.choose(randomness.uniform(self.seed, step, samples, 3, "clip"))
+        choice = self.clips.choose(randomness.uniform(self.seed, step, samples, 3, "clip"))
+        return choice if self.own is None else self.own.exchange(step, samples, choice)
 
     def describe(self, step: int, samples: np.ndarray) -> dict[str, list]:
         return {name: value.tolist() for name, value in vars(self.choose(step, samples)).items()}
 
     def __call__(self, network: nn.Module, step: int, samples: np.ndarray) -> dict[str, Tensor]:
         choice = self.choose(step, samples)
-        clean, first, actions = self.batch(choice)
+        clean, first, actions = self.read(choice.episode, self.clips.frame_numbers(choice), choice.mirrored)
         noise = self._tensor(randomness.normal(self.seed, step, samples, tuple(clean.shape[1:]), "noise"))
         draws = randomness.uniform(self.seed, step, samples, 2 * clean.shape[1] + 1, "levels").astype(np.float32)
         levels = self.objective.sample_levels(self._tensor(draws[:, 1:]).view(len(samples), -1, 2))
@@ -168,16 +190,19 @@ class DiffusionForcing:
         losses = self.objective.training_loss(
             network, clean, actions, noise=noise, levels=levels, start=self._tensor(choice.start == 0),
             first=first if self.card.network.first_frame else None, dropped=dropped,
+            shown=None if self.own is None else self.own.shown(choice, clean),
         )  # fmt: skip
         return {"loss": losses.mean()}
 
-    def batch(self, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
-        """Standardised clips (B, T, h, w, C), their episodes' first frames (B, h, w, C), actions (B, T, 10)."""
-        frames = self.clips.frame_numbers(choice)
-        pick = choice.mirrored.astype(int)
-        latents = np.stack([self.latents[m][e, f] for m, e, f in zip(pick, choice.episode, frames)])
-        first = np.stack([self.latents[m][e, 0] for m, e in zip(pick, choice.episode)])
-        actions = np.stack([self.actions[m][e, f] for m, e, f in zip(pick, choice.episode, frames)])
+    def read(self, episode: np.ndarray, frames: np.ndarray, mirrored: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Standardised frames (B, T, h, w, C), their episodes' first frames (B, h, w, C), actions (B, T, 10).
+
+        Of `episode (B,)` the frames numbered `frames (B, T)`, int64; `mirrored (B,)` bool.
+        """
+        pick = mirrored.astype(int)
+        latents = np.stack([self.latents[m][e, f] for m, e, f in zip(pick, episode, frames)])
+        first = np.stack([self.latents[m][e, 0] for m, e in zip(pick, episode)])
+        actions = np.stack([self.actions[m][e, f] for m, e, f in zip(pick, episode, frames)])
         clean, first = ((self._tensor(value).float() - self.mean) / self.std for value in (latents, first))
         return clean, first, self._tensor(actions)
 

@@ -150,9 +150,20 @@ class Objective:
         start: Tensor | None = None,
         first: Tensor | None = None,
         dropped: Tensor | None = None,
+        shown: Tensor | None = None,
     ) -> Tensor:
-        """Weighted squared error of every clip, float32 (B,). See the module's docstring for the arguments."""
-        noisy = self.add_noise(latents, noise, levels)
+        """Weighted squared error of every clip, float32 (B,). See the module's docstring for the arguments.
+
+        `shown`, like `latents`: what frames at context level show instead of `latents` (flow schedule). Where it differs
+        the frame itself is not learned from: it would teach to undo what the model did.
+        """
+        weight, visible = self.weight(levels), latents
+        if shown is not None:
+            context = levels <= self.config.context_noise
+            foreign = (shown != latents).flatten(2).any(2)
+            visible = torch.where(context[..., None, None, None], shown, latents)
+            weight = weight * ~(context & foreign)
+        noisy = self.add_noise(visible, noise, levels)
         prediction = network(noisy, self.network_level(levels), actions, start=start, dropped=dropped, first=first)
         error = (prediction.float() - self.target(latents, noise, levels)).square().mean((2, 3, 4))
-        return (error * self.weight(levels)).mean(1)
+        return (error * weight).mean(1)
