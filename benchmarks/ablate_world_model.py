@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from workflow_src.common.config import load, load_stage
+from workflow_src.common.config import load, load_stage, to_dict
 from workflow_src.episodes.latents import load_latents
 from workflow_src.episodes.store import EpisodeStore
 from workflow_src.training import replay
@@ -79,8 +79,10 @@ def measure(results: Path, name: str, changes: str, steps: int, policies: bool) 
 
 
 def _stage_file(results: Path, name: str, changes: str, steps: int) -> Path:
-    content = json.loads((results / "config" / "world_model.json").read_text(encoding="utf-8"))
-    section = content["world_model"]
+    path = results / "config" / "world_model.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    # With today's defaults for what the run did not know yet.
+    section = content["world_model"] = to_dict(load_stage(path).world_model)
     section["training"] |= {"steps": steps, "checkpoint_every": 10**9}
     for change in filter(None, changes.split(",")):
         path, _, value = change.partition("=")
@@ -135,6 +137,7 @@ def agreement(results: Path, model: WorldModel) -> dict[str, object]:
             verdicts += [bool(verdict.success_at_end) for verdict in judge.judge(clips)]
         world.close()
         imagined[name] = float(np.mean(verdicts))
+        print(f"{name:<14} imagined {imagined[name]:.2f}  real {real[name]:.2f}", flush=True)
     gap = pd.Series(imagined) - real[list(imagined)]
     pearson = float(np.corrcoef(list(imagined.values()), real[list(imagined)])[0, 1])
     return {"pearson": round(pearson, 3), "mae": round(float(gap.abs().mean()), 3), "bias": round(float(gap.mean()), 3)}

@@ -92,6 +92,7 @@ class Network:
     depth: int = 16
     heads: int = 16
     mlp_ratio: float = 4.0
+    activation: Literal["gelu", "relu2"] = "gelu"  # of the MLPs; squared ReLU is several times cheaper on a CPU
     action_dim: int = 10
     attention: Literal["factorised", "joint"] = "factorised"  # spatial then causal temporal, or joint block-causal
     spatial_rope: Literal["standard", "pixel", "none"] = "standard"

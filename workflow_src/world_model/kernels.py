@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 EPSILON = 1e-6  # of the layer norm
 
@@ -32,6 +32,14 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def gated_add(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     """`x + gate * y` in x's dtype: `x`, `y (B, T, N, D)`, `gate (B, T, 1, D)`."""
     return _GatedAdd.apply(x, gate, y) if _by_hand(x) else torch.addcmul(x, gate.to(x.dtype), y.to(x.dtype))
+
+
+class SquaredReLU(nn.Module):
+    """`max(x, 0)**2` (Primer, arXiv 2109.08668)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Elementwise."""
+        return _SquaredReLU.apply(x) if _by_hand(x) else F.relu(x).square()
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
@@ -82,6 +90,19 @@ class _GatedAdd(torch.autograd.Function):
         gate, y = ctx.saved_tensors
         low = grad.to(y.dtype)
         return grad, (low * y).sum(2, keepdim=True), low * gate
+
+
+class _SquaredReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        positive = F.relu(x)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return (grad * positive).mul_(2)
 
 
 class _Attention(torch.autograd.Function):
