@@ -15,7 +15,7 @@ from workflow_src.episodes.store import EpisodeStore, episode_paths
 from workflow_src.tabletop.simulator import Simulator
 
 LAB = Lab(image_size=16, supersample=1, horizon=6, workers=1)
-MIX = {"expert": 1.0, "noisy": 1.0, "failing": 1.0, "random": 1.0, "play": 1.0}
+MIX = {"expert": 1.0, "slow": 1.0, "noisy": 1.0, "failing": 1.0, "random": 1.0, "play": 1.0}
 SPLIT = Split(episodes=11, mix=MIX)
 
 
@@ -84,7 +84,7 @@ def test_mix_is_exact_and_tasks_are_balanced():
         Split(episodes=101, mix={"expert": 0.3, "noisy": 0.7, "play": 0.0}), LAB.tasks, 0, "train"
     )
     counts = {name: sum(p.behaviour == name for p in plans) for name in BEHAVIOURS}
-    assert counts == {"expert": 30, "noisy": 71, "failing": 0, "random": 0, "play": 0}
+    assert counts == {"expert": 30, "slow": 0, "noisy": 71, "failing": 0, "random": 0, "play": 0}
     tasks = [sum(p.task == task for p in plans) for task in LAB.tasks]
     assert max(tasks) - min(tasks) <= 2
     assert len({p.seed for p in plans}) == 101

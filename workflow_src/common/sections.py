@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+MIX = {"expert": 0.25, "slow": 0.15, "noisy": 0.3, "failing": 0.12, "random": 0.06, "play": 0.12}
+
 
 @dataclass(frozen=True)
 class Lab:
@@ -30,9 +32,7 @@ class Split:
     """How many episodes of which behaviour one split of the data set holds."""
 
     episodes: int = 100
-    mix: dict[str, float] = field(
-        default_factory=lambda: {"expert": 0.3, "noisy": 0.3, "failing": 0.1, "random": 0.1, "play": 0.2}
-    )
+    mix: dict[str, float] = field(default_factory=lambda: dict(MIX))  # share of each behaviour
 
 
 @dataclass(frozen=True)

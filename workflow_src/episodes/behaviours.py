@@ -32,6 +32,19 @@ class Actor:
         return advice
 
 
+class Slow(Actor):
+    """The expert at an even, slower pace: what a cautious policy does, where an action moves little."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.gain = self.rng.uniform(0.3, 0.8)
+
+    def act(self, step, state, advice):
+        action = advice.copy()
+        action[:3] *= self.gain
+        return action
+
+
 class Noisy(Actor):
     """The expert with a tremor, at times slow, at times with a slipping gripper (as in DART, arXiv 1703.09327)."""
 
@@ -151,6 +164,7 @@ class Play(Actor):
 
 BEHAVIOURS: dict[str, type[Actor]] = {
     "expert": Actor,
+    "slow": Slow,
     "noisy": Noisy,
     "failing": Failing,
     "random": Random,

@@ -26,7 +26,7 @@ from workflow_src.embodiments import get as get_embodiment
 from workflow_src.episodes.behaviours import BEHAVIOURS, decide
 from workflow_src.episodes.store import JOURNAL, episode_paths, write_episode, write_table
 
-RECIPE = 2  # raise when behaviours or the lab changed, so that half-recorded old episodes are not continued
+RECIPE = 3  # raise when behaviours or the lab changed, so that half-recorded old episodes are not continued
 BATCH = 40  # episodes simulated side by side
 
 
