@@ -86,7 +86,7 @@ def test_mix_is_exact_and_tasks_are_balanced():
     counts = {name: sum(p.behaviour == name for p in plans) for name in BEHAVIOURS}
     assert counts == {"expert": 30, "slow": 0, "noisy": 71, "failing": 0, "random": 0, "play": 0}
     tasks = [sum(p.task == task for p in plans) for task in LAB.tasks]
-    assert max(tasks) - min(tasks) <= 2
+    assert max(tasks) - min(tasks) <= 1
     assert len({p.seed for p in plans}) == 101
     other = recorder.plan_episodes(Split(episodes=101), LAB.tasks, 0, "validation")
     assert not {p.seed for p in plans} & {p.seed for p in other}

@@ -49,7 +49,9 @@ def plan_episodes(split: Split, tasks: tuple[str, ...], seed: int, name: str) ->
     counts = np.floor(exact).astype(int)
     for position in np.argsort(counts - exact, kind="stable")[: split.episodes - counts.sum()]:
         counts[position] += 1
-    kinds = [(names[k], tasks[i % len(tasks)]) for k, count in enumerate(counts) for i in range(count)]
+    behaviours = [name for name, count in zip(names, counts) for _ in range(count)]
+    # Tasks go round over all behaviours: begun anew with each, the last task would be the rarest.
+    kinds = [(behaviour, tasks[i % len(tasks)]) for i, behaviour in enumerate(behaviours)]
     order = rng(seed, "episodes", name, "order").permutation(len(kinds))
     return [Plan(i, kinds[k][1], kinds[k][0], derive(seed, "episodes", name, i)) for i, k in enumerate(order)]
 
