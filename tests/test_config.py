@@ -56,6 +56,10 @@ def test_every_shipped_configuration_is_valid(path):
         ("policies/x", {"endpoint": "ws://robot:1", "revision": "1"}, r"is unencrypted; use wss:// or set allow_plaintext"),
         ("policies/x", {"endpoint": "robot:1", "revision": "1"}, r"is not a websocket address"),
         ("reality", "nowhere.csv", r"reality: 'nowhere\.csv' is not a file"),
+        ("world_model/own_frames/share", 1.5, r"own_frames\.share: 1\.5 is not a fraction"),
+        ("world_model/own_frames/every", 0, r"own_frames\.every: 0 is impossible"),
+        ("world_model/own_frames/horizon", 2, r"own_frames\.horizon: 2 does not fit; from 4 .* to 18"),
+        ("world_model/objective/schedule", "sigmoid", r"own_frames\.share: needs world_model\.objective\.schedule flow"),
         ("world_model/network/attention", "joined", r"attention: 'joined' is not allowed; did you mean 'joint'"),
     ],
 )  # fmt: skip

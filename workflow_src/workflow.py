@@ -110,6 +110,7 @@ def checked(mapping: dict[str, Any]) -> Workflow:
     _check_lab(config)
     _check_policies(config)
     _check_numbers(config)
+    _check_own_frames(config)
     if config.reality and not Path(config.reality).is_file():
         raise UserError(f"reality: {config.reality!r} is not a file; give a CSV of real results, or '' for the lab")
     return Workflow(config)
@@ -170,6 +171,27 @@ def _check_endpoint(path: str, policy: Policy) -> None:
     local = re.match(r"wss?://(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:|/|$)", policy.endpoint)
     if policy.endpoint.startswith("ws://") and not local and not policy.allow_plaintext:
         raise UserError(f"{path}.endpoint: {policy.endpoint!r} is unencrypted; use wss:// or set allow_plaintext: true")
+
+
+def _check_own_frames(config: Config) -> None:
+    own, model = config.world_model.own_frames, config.world_model
+    if own.share == 0:
+        return
+    path = "world_model.own_frames"
+    for name in ("share", "begin"):
+        if not 0 <= getattr(own, name) <= 1:
+            raise UserError(f"{path}.{name}: {getattr(own, name)} is not a fraction between 0 and 1")
+    if own.every < 1:
+        raise UserError(f"{path}.every: {own.every} is impossible; it must be at least 1")
+    if model.objective.schedule != "flow":
+        raise UserError(
+            f"{path}.share: needs world_model.objective.schedule flow, not {model.objective.schedule}; or set 0"
+        )
+    if not model.clip_frames - 1 <= own.horizon <= config.lab.horizon:
+        raise UserError(
+            f"{path}.horizon: {own.horizon} does not fit; from {model.clip_frames - 1} (a clip of world_model.clip_frames) "
+            f"to {config.lab.horizon} (lab.horizon)"
+        )
 
 
 def _check_numbers(config: Config) -> None:

@@ -46,14 +46,8 @@ class OwnFrames:
         self.card, self.config, self.own, self.read = card, config, config.own_frames, read
         self.episodes, self.length, self.seed = episodes, length, seed
         self.folder, self.digest, self.processes = Path(folder), digest, processes
-        self.horizon = min(self.own.horizon, length - 1)
         self.begin = int(self.own.begin * config.training.steps)
         self.step, self.rolled = -1, None
-        if self.own.horizon + 1 < config.clip_frames:
-            raise UserError(
-                f"world_model.own_frames.horizon: {self.own.horizon} steps and the frame before them are shorter than "
-                f"clips of {config.clip_frames} frames (world_model.clip_frames)"
-            )
 
     # -- in training -----------------------------------------------------------------------------------------------
 
@@ -82,7 +76,7 @@ class OwnFrames:
 
     @property
     def _places(self) -> int:
-        return self.horizon + 2 - self.config.clip_frames
+        return self.own.horizon + 2 - self.config.clip_frames
 
     # -- refreshing ------------------------------------------------------------------------------------------------
 
@@ -104,7 +98,7 @@ class OwnFrames:
 
     def _roll_out(self, path: Path, step: int, ema: nn.Module) -> None:
         """Write own frames float16 (N, horizon + 1, h, w, C), standardised; index 0 is recorded. Blocks go round."""
-        shape = (self.episodes, self.horizon + 1, *self.card.latent, self.card.network.in_channels)
+        shape = (self.episodes, self.own.horizon + 1, *self.card.latent, self.card.network.in_channels)
         partial = path.with_suffix(".part")
         if self.processes.first:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +120,7 @@ class OwnFrames:
         """Of the refresh at `step`, per block: frame where its rollouts begin, int64, and whether they are mirrored."""
         count = -(-self.episodes // BLOCK)
         draws = rng(self.seed, "own frames", step).random((2, count))
-        return (draws[0] * (self.length - self.horizon)).astype(np.int64), (draws[1] < 0.5) & self.config.mirror
+        return (draws[0] * (self.length - self.own.horizon)).astype(np.int64), (draws[1] < 0.5) & self.config.mirror
 
     @torch.inference_mode()
     def _imagine(self, step: int, episodes: np.ndarray, ema: nn.Module) -> np.ndarray:
@@ -134,7 +128,7 @@ class OwnFrames:
         start, mirrored = starts[episodes[0] // BLOCK], np.full(len(episodes), mirrors[episodes[0] // BLOCK])
         sampler = make_sampler(ema, Objective(self.card.objective), self.card.sampler)
         opening = max(0, start + 1 - (self.card.sampler.window - 1))  # first of the recorded context frames
-        numbers = np.arange(opening, start + self.horizon + 1)
+        numbers = np.arange(opening, start + self.own.horizon + 1)
         clean, first, actions = self.read(episodes, np.tile(numbers, (len(episodes), 1)), mirrored)
         context = start + 1 - opening
         noise, shown = (
