@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from workflow_src.common.errors import disk_full
 
 
@@ -38,6 +40,21 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def create_array(path: str | Path, shape: tuple[int, ...], dtype: type) -> np.memmap:
+    """A new writable `.npy` file, mapped into memory, whose disk space is taken at once.
+
+    A mapped write into a sparse file on a full disk kills the process without a word; this raises OSError instead.
+    """
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        try:
+            with open(path, "r+b") as handle:
+                os.posix_fallocate(handle.fileno(), 0, os.fstat(handle.fileno()).st_size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+    return array
 
 
 def write_text(path: str | Path, text: str) -> None:

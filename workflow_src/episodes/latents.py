@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import numpy as np
 from workflow_src.common.compute import configure_torch
 from workflow_src.common.config import load_stage
 from workflow_src.common.errors import UserError, run_cli
-from workflow_src.common.files import Journal, digest, sha256_file, write_json
+from workflow_src.common.files import Journal, create_array, digest, sha256_file, write_json
 from workflow_src.common.process import die_with_parent
 from workflow_src.common.progress import Progress
 from workflow_src.episodes.store import EpisodeStore
@@ -88,24 +87,12 @@ def encode(images: np.ndarray, tokenizer, out: Path, source: str) -> None:
 
 def _open(path: Path, shape: tuple[int, ...], fresh: bool) -> np.ndarray | None:
     if fresh:
-        array = np.lib.format.open_memmap(path, "w+", np.float16, shape)
-        _reserve(path)
-        return array
+        return create_array(path, shape, np.float16)
     try:
         array = np.lib.format.open_memmap(path, "r+")
         return array if array.shape == shape and array.dtype == np.float16 else None
     except (OSError, ValueError):
         return None
-
-
-def _reserve(path: Path) -> None:
-    """Take the disk space of a sparse file now: a mapped write that finds none kills the process without a word."""
-    if hasattr(os, "posix_fallocate"):
-        try:
-            with open(path, "r+b") as handle:
-                os.posix_fallocate(handle.fileno(), 0, path.stat().st_size)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _encode_block(images: np.ndarray, tokenizer, arrays: dict[str, np.ndarray], start: int) -> None:

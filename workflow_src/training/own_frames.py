@@ -10,6 +10,7 @@ The rollouts of a refresh are one file beside the checkpoints, so a training tha
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from workflow_src.common.compute import autocast
 from workflow_src.common.errors import UserError
-from workflow_src.common.files import atomic_path
+from workflow_src.common.files import create_array
 from workflow_src.common.sections import WorldModel
 from workflow_src.common.seeds import rng
 from workflow_src.episodes.clips import Choice
@@ -102,7 +103,7 @@ class OwnFrames:
         partial = path.with_suffix(".part")
         if self.processes.first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(partial, "w+", np.float16, shape).flush()
+            create_array(partial, shape, np.float16)
         self.processes.barrier()
         rolled = np.lib.format.open_memmap(partial, "r+")
         blocks = range(0, self.episodes, BLOCK)
@@ -112,8 +113,9 @@ class OwnFrames:
         rolled.flush()
         self.processes.barrier()
         if self.processes.first:
-            with atomic_path(path) as temporary:
-                partial.rename(temporary)
+            with open(partial, "rb") as handle:
+                os.fsync(handle.fileno())
+            partial.replace(path)
         self.processes.barrier()
 
     def _blocks(self, step: int) -> tuple[np.ndarray, np.ndarray]:
