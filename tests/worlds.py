@@ -11,8 +11,8 @@ from workflow_src.world_model.network import WorldModelNetwork
 
 FACTORISED = sections.Network(in_channels=3, width=16, depth=2, heads=2)
 JOINT = replace(
-    FACTORISED, attention="joint", spatial_rope="none", temporal="relative_bias", previous_frame=True, action_mlp=True,
-    learned_null=True, first_frame=True,
+    FACTORISED, activation="relu2", attention="joint", spatial_rope="none", temporal="relative_bias",
+    previous_frame=True, action_mlp=True, learned_null=True, first_frame=True,
 )  # fmt: skip
 FLOW = sections.Objective(schedule="flow", prediction="x0", context_probability=0.35, noise_shift=2.0)
 

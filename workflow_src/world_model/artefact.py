@@ -115,11 +115,11 @@ def save_artefact(folder: str | Path, network: nn.Module, card: Card, tokenizer:
 def _copy_tokenizer(source: Path, target: Path) -> None:
     """Weights last, each file atomically: a half-copied tokenizer has no weights."""
     target.mkdir(parents=True, exist_ok=True)
-    files = sorted(source.glob("*.json")) + sorted(source.glob("*.safetensors"))
+    files = sorted(source.rglob("*.json")) + sorted(source.rglob("*.safetensors"))
     if not files:
         raise UserError(f"{source}: no tokenizer there (config.json and model.safetensors); train or import one first")
     for file in files:
-        with atomic_path(target / file.name) as temporary:
+        with atomic_path(target / file.relative_to(source)) as temporary:
             shutil.copyfile(file, temporary)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +28,9 @@ from workflow_src.common.compute import autocast
 from workflow_src.common.config import from_dict
 from workflow_src.common.errors import UserError
 from workflow_src.common.files import digest, sha256_file
+
+if TYPE_CHECKING:
+    from workflow_src.world_model.artefact import Tokenizer
 
 STEM = 4  # the first pixel shuffle; the rest of the down-sampling follows in steps of two
 SLICE = 256  # images per forward pass of `encode` and `decode`: bounds the memory
@@ -117,8 +121,7 @@ class ConvTokenizer(nn.Module):
             part = torch.as_tensor(latents[start : start + SLICE], dtype=torch.float32, device=self.device)
             with autocast(self.device):
                 signal = self.decoder(part.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last))
-            pixels = signal.float().add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
-            images[start : start + SLICE] = pixels.permute(0, 2, 3, 1).cpu().numpy()
+            images[start : start + SLICE] = to_pixels(signal)
         return images
 
 
@@ -127,11 +130,21 @@ def to_signal(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-def load_tokenizer(folder: str | Path, device: torch.device | str = "cpu") -> ConvTokenizer:
-    """Read an artefact folder (`model.safetensors`, `config.json`). Raises UserError naming the broken file."""
+def to_pixels(signal: Tensor) -> np.ndarray:
+    """(N, 3, H, W) in [-1, 1] -> uint8 (N, H, W, 3)."""
+    pixels = signal.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def load_tokenizer(folder: str | Path, device: torch.device | str = "cpu") -> Tokenizer:
+    """Read a tokenizer folder (`config.json` and what its kind needs). Raises UserError naming the broken file."""
     folder = Path(folder)
     try:
         description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if description["tokenizer"]["kind"] == "sd3":
+            from workflow_src.world_model.tokenizer_sd3 import load_sd3_tokenizer
+
+            return load_sd3_tokenizer(folder, device)
         config = from_dict(sections.Tokenizer, description["tokenizer"], "tokenizer")
         if description["format"] != FORMAT:
             raise ValueError(f"format {description['format']!r} is not {FORMAT!r}")

@@ -1,0 +1,213 @@
+"""Published checkpoints: imported strictly, with the published numbers, into an artefact that rolls out."""
+
+import json
+import re
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests import parity
+from workflow_src.common.errors import UserError
+from workflow_src.world_model import import_worldgym
+from workflow_src.world_model.artefact import load_artefact, save_artefact
+from workflow_src.world_model.environment import WorldModelEnv
+from workflow_src.world_model.tokenizer import load_tokenizer
+from workflow_src.world_model.tokenizer_sd3 import write_description
+
+PUBLISHED = "mixed_openx_9robots_20frames_0p1actiondropout_580ksteps.pt"
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """A Stable Diffusion 3 autoencoder in small, with random weights: three halvings, 16 channels, a scale and a shift."""
+    diffusers = pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("vae")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2, latent_channels=16,
+            scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
+        )  # fmt: skip
+    model.save_pretrained(folder)
+    return folder
+
+
+def weights(name):
+    arrays, meta, _ = parity.load(name)
+    return {key[3:]: value.clone() for key, value in arrays.items() if key.startswith("sd.")}, meta
+
+
+def write(folder, content, name="other.pt"):
+    torch.save(content, folder / name)
+    return folder / name
+
+
+def run(monkeypatch, capsys, checkpoint, out, *options):
+    """Exit code and the last line on stderr of the command line."""
+    monkeypatch.setattr(sys, "argv", ["import_worldgym", str(checkpoint), "--out", str(out), *map(str, options)])
+    try:
+        import_worldgym.run_cli(import_worldgym.main)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    return code, capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", parity.NAMES)
+def test_an_imported_checkpoint_generates_the_published_frames(name, tmp_path, vae, monkeypatch, capsys):
+    state, meta = weights(name)
+    path = write(tmp_path, {"ema": state, "model": {key: value * 0 for key, value in state.items()}, "step": 7})
+    code, line = run(monkeypatch, capsys, path, tmp_path / "out", "--rope", meta["rope"], "--cfg", meta["cfg"],
+                     "--heads", meta["heads"], "--context", meta["max_frames"], "--image", 64, "--vae", vae)  # fmt: skip
+    assert code == 0 and line.endswith(str(tmp_path / "out"))
+    model = load_artefact(tmp_path / "out")
+    assert model.card.sampler.guidance == meta["cfg"] and model.card.latent == (8, 8)
+    arrays, _, _ = parity.load(name)
+    model.card = replace(
+        model.card, sampler=replace(model.card.sampler, steps=meta["sampling_timesteps"], horizon=meta["horizon"])
+    )
+    sampler, given, frames = model.sampler(), meta["n_context"], arrays["generated"]
+    sampler.reset(frames[:, :given], arrays["actions"][:, :given])
+    for start in range(given, meta["n_frames"], meta["horizon"]):
+        chunk = slice(start, start + meta["horizon"])
+        made = sampler.generate(
+            arrays["actions"][:, chunk], arrays["noise"][:, start - given : start - given + meta["horizon"]]
+        )
+        assert parity.relative_error(made, frames[:, chunk]) <= parity.TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda good, bad: {"ema": good, "model": bad},
+        lambda good, bad: {"model": good, "optimizer": {"state": {}}},
+        lambda good, bad: good,
+        lambda good, bad: {"model": {f"module._orig_mod.{key}": value for key, value in good.items()}},
+    ],
+    ids=["ema first", "model", "bare", "wrapped"],
+)
+def test_weights_are_found_where_training_put_them(wrap, tmp_path):
+    good, _ = weights("dit_standard_rope")
+    found = import_worldgym.read_checkpoint(
+        write(tmp_path, wrap(good, {key: value + 1 for key, value in good.items()}))
+    )
+    assert found.keys() == good.keys() and all(torch.equal(found[key], good[key]) for key in good)
+
+
+def test_published_files_bring_their_settings(tmp_path, vae, monkeypatch, capsys):
+    state, _ = weights("dit_standard_rope")
+    for name, rope, cfg in ((PUBLISHED, "standard", 3.0), ("bridge_v2_pixel.pt", "pixel", 1.0)):
+        path, out = write(tmp_path, {"ema": state}, name), tmp_path / f"out {rope}"
+        assert run(monkeypatch, capsys, path, out, "--heads", 2, "--vae", vae)[0] == 0
+        card = load_artefact(out).card
+        assert (card.network.spatial_rope, card.sampler.guidance) == (rope, cfg)
+        assert (card.frames, card.sampler.window, card.sampler.steps, card.sampler.mode) == (20, 20, 10, "exact")
+        assert (card.convention, card.embodiment, card.image, card.latent) == (
+            "worldgym",
+            "widowx",
+            (256, 256),
+            (32, 32),
+        )
+        assert card.objective.action_dropout == 0.1 and card.provenance["checkpoint"] == name
+
+
+def broken(change):
+    state, _ = weights("dit_standard_rope")
+    change(state)
+    return {"ema": state}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda: broken(lambda s: s.pop("timestep_mlp.0.bias")), r"weights do not fit .*missing timestep_mlp\.0\.bias"),
+        (lambda: broken(lambda s: s.update(extra=torch.zeros(1))), r"weights do not fit .*not known extra"),
+        (
+            lambda: broken(lambda s: s.update({"final_layer.linear.bias": torch.zeros(3)})),
+            r"wrong shape: final_layer\.linear\.bias is \(3,\), should be \(64,\)",
+        ),
+        (lambda: broken(lambda s: s.pop("x_proj.weight")), r"x_proj\.weight is absent; this is not a WorldGym network"),
+        (lambda: {"ema": {"a": 1}}, r"holds no weights under `ema`, under `model`, or at its top"),
+        (lambda: {"model": Malicious()}, r"cannot be loaded without running code|can be loaded without running code"),
+    ],
+    ids=["missing", "extra", "misshapen", "another network", "no weights", "code"],
+)
+def test_what_does_not_fit_is_one_line(content, message, tmp_path, vae, monkeypatch, capsys):
+    path = write(tmp_path, content())
+    code, line = run(
+        monkeypatch, capsys, path, tmp_path / "out", "--rope", "standard", "--cfg", 3, "--heads", 2, "--vae", vae
+    )
+    assert code == 2 and line.startswith("error: ") and str(path) in line and re.search(message, line), line
+    assert not (tmp_path / "out" / "model.safetensors").exists() and not (tmp_path / "ran").exists()
+
+
+class Malicious:
+    """Would make a file when unpickled."""
+
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+def test_unknown_names_need_options_and_wrong_folders_are_named(tmp_path, vae, monkeypatch, capsys):
+    path = write(tmp_path, weights("dit_standard_rope")[0])
+    code, line = run(monkeypatch, capsys, path, tmp_path / "out", "--cfg", 1)
+    assert code == 2 and "other.pt: not the name of a published file, so --rope is needed" in line
+    code, line = run(monkeypatch, capsys, tmp_path / "no.pt", tmp_path / "out")
+    assert code == 2 and line == f"error: {tmp_path / 'no.pt'}: no such file"
+    code, line = run(
+        monkeypatch, capsys, path, tmp_path / "out", "--cfg", 1, "--rope", "pixel", "--heads", 2, "--vae", "./x"
+    )
+    assert code == 2 and "./x: no such folder" in line
+
+
+def test_the_autoencoder_scales_and_does_not_shift(vae, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    identity = write_description(tmp_path, str(vae))
+    tokenizer = load_tokenizer(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (18, 32, 48, 3), np.uint8)  # more than one slice
+    latents = tokenizer.encode(images)
+    assert tokenizer.digest == identity and latents.shape == (18, *tokenizer.shape(32, 48)) == (18, 4, 6, 16)
+    model = diffusers.AutoencoderKL.from_pretrained(vae)
+    with torch.inference_mode():
+        signal = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+        mode = model.encode(signal).latent_dist.mode()
+        decoded = model.decode(mode).sample
+    scale = float(np.abs(latents).max())
+    np.testing.assert_allclose(latents, 1.5305 * mode.permute(0, 2, 3, 1).numpy(), atol=0.02 * scale)
+    pixels = ((decoded + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).numpy()
+    assert np.abs(tokenizer.decode(latents).astype(int) - pixels).mean() < 2
+    with pytest.raises(UserError, match="sides divisible by 8"):
+        tokenizer.encode(images[:, :30])
+
+
+def test_an_imported_model_is_a_world_to_roll_out_in(tmp_path, vae, monkeypatch, capsys):
+    path = write(tmp_path, {"ema": weights("dit_standard_rope")[0]}, PUBLISHED)
+    out = tmp_path / "out"
+    assert run(monkeypatch, capsys, path, out, "--heads", 2, "--image", 64, "--vae", vae)[0] == 0
+    world = WorldModelEnv(2, out, horizon=2)
+    image = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
+    world.reset(seed=[1, 2], options={"trials": [{"image": image}, {"image": image}]})
+    actions = np.zeros((2, 7), np.float32)
+    actions[1, 0] = 0.04
+    frames, _, _, truncated, _ = world.step(actions)
+    assert frames["image"].shape == (2, 64, 64, 3) and not truncated.any()
+    assert world.step(actions)[3].all()
+    # Trained on, and saved again: the copied autoencoder travels along.
+    model = load_artefact(out)
+    save_artefact(tmp_path / "again", model.network, model.card, out / "tokenizer")
+    assert load_artefact(tmp_path / "again").tokenizer.digest == model.card.tokenizer
+
+
+def test_an_autoencoder_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    write_description(tmp_path / "tokenizer", "somebody/absent", "vae", "abc")
+    with pytest.raises(UserError, match=r"the autoencoder somebody/absent cannot be loaded .*--vae and a local folder"):
+        load_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "config.json").write_text(json.dumps({"tokenizer": {"kind": "sd3"}, "format": "x"}))
+    with pytest.raises(UserError, match="not a usable tokenizer description"):
+        load_tokenizer(tmp_path / "tokenizer")
