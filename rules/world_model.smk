@@ -77,3 +77,28 @@ rule train_world_model:
         " --config {input.config} --latents {input.latents} --episodes {input.episodes}"
         " --validation {input.validation} --validation-episodes {input.validation_episodes}"
         " --tokenizer {params.tokenizer} --out {output} --state {params.state} 2>&1 | tee {log}"
+
+
+# Not part of `all`: ask for it by name.
+rule sweep_world_model:
+    input:
+        world_model=f"{results}/world_model/model.safetensors",
+        trials=f"{results}/trials/trials.json",
+    output:
+        report(
+            f"{results}/figures/sweeps/sheet.png",
+            caption="../config/report/sweeps.rst",
+            category="World model",
+        ),
+    log:
+        f"{results}/logs/sweep_world_model.log",
+    benchmark:
+        f"{results}/benchmarks/sweep_world_model.jsonl"
+    conda:
+        "../envs/base.yaml"
+    params:
+        world_model=f"{results}/world_model",
+        frame=flow.config.trials.root or f"{results}/trials",
+    shell:
+        "python -m workflow_src.world_model.sweep --world-model {params.world_model} --frame {params.frame}"
+        " --out {output} 2>&1 | tee {log}"
