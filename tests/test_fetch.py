@@ -1,0 +1,193 @@
+"""Downloads against a real server on loopback that cuts, changes and refuses."""
+
+import hashlib
+import http.server
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from workflow_src.common import fetch as fetching
+from workflow_src.common.errors import UserError
+from workflow_src.common.fetch import fetch, resolve
+
+CONTENT = np.random.default_rng(0).bytes(3_300_000)
+SHA = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `content`; each entry of `faults` is spent on one request: a status, or the bytes after which it hangs up."""
+
+    def do_GET(self):
+        server = self.server
+        server.seen.append((self.path, dict(self.headers)))
+        fault = server.faults.pop(0) if server.faults else None
+        if isinstance(fault, str):
+            self.send_response(302)
+            self.send_header("Location", fault)
+            return self.end_headers()
+        if isinstance(fault, int) and fault < 600:
+            self.send_response(fault)
+            return self.end_headers()
+        content, start = server.content, 0
+        asked = self.headers.get("Range")
+        if asked and self.headers.get("If-Range") == server.etag:
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(content):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(content)}")
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
+        self.send_response(206 if start else 200)
+        if server.etag:
+            self.send_header("ETag", server.etag)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        self.wfile.write(content[start : fault or None])
+        return None
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.content, server.etag, server.faults, server.seen = CONTENT, '"v1"', [], []
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_port}/file.bin"
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def whole_blocks(count):
+    """Bytes that are kept when a connection ends after `count`."""
+    return count // fetching.BLOCK * fetching.BLOCK
+
+
+def ranges(server):
+    return [headers.get("Range") for _, headers in server.seen]
+
+
+def test_a_file_arrives_whole_and_is_not_fetched_twice(server, tmp_path):
+    out = tmp_path / "deep" / "file.bin"
+    assert fetch(server.url, out, SHA) == fetch(server.url, out, SHA) == SHA
+    assert out.read_bytes() == CONTENT and len(server.seen) == 1
+    assert [path.name for path in out.parent.iterdir()] == ["file.bin"]
+
+
+def test_a_cut_download_continues_where_it_stopped(server, tmp_path):
+    server.faults = [1_200_000, 503, 2_500_000]
+    assert fetch(server.url, tmp_path / "file.bin", SHA, pause=0) == SHA
+    first = whole_blocks(1_200_000)
+    second = first + whole_blocks(2_500_000 - first)
+    assert ranges(server) == [None, f"bytes={first}-", f"bytes={first}-", f"bytes={second}-"]
+
+
+def test_it_continues_in_another_process_and_a_finished_one_only_gets_its_name(server, tmp_path):
+    server.faults = [1_000_000]
+    with pytest.raises(
+        UserError, match=rf"ended after {whole_blocks(1_000_000)} of 3300000 bytes, 1 times; what came is kept"
+    ):
+        fetch(server.url, tmp_path / "file.bin", SHA, tries=1)
+    assert not (tmp_path / "file.bin").exists()
+    command = [sys.executable, "-m", "workflow_src.common.fetch", server.url, "--out", str(tmp_path / "file.bin")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"sha256 {SHA}" in done.stderr and ranges(server)[-1] == f"bytes={whole_blocks(1_000_000)}-"
+    # Killed between the last byte and the name: the server has nothing to add.
+    partial = tmp_path / ".other.bin.part"
+    partial.write_bytes(CONTENT)
+    fetching._remember(partial, server.url, {"ETag": '"v1"'})
+    assert fetch(server.url, tmp_path / "other.bin", SHA) == SHA
+
+
+def test_a_file_that_changed_meanwhile_is_fetched_from_its_start(server, tmp_path):
+    server.faults = [1_000_000]
+    with pytest.raises(UserError):
+        fetch(server.url, tmp_path / "file.bin", tries=1)
+    server.content, server.etag = CONTENT[::-1], '"v2"'
+    fetch(server.url, tmp_path / "file.bin")
+    assert (tmp_path / "file.bin").read_bytes() == CONTENT[::-1]
+
+
+@pytest.mark.parametrize("etag", ["", 'W/"weak"'])
+def test_without_a_sure_version_nothing_is_pieced_together(server, tmp_path, etag):
+    server.etag, server.faults = etag, [1_000_000]
+    assert fetch(server.url, tmp_path / "file.bin", SHA, pause=0) == SHA
+    assert ranges(server) == [None, None]
+
+
+def test_another_content_is_refused_and_the_old_file_stays(server, tmp_path):
+    (tmp_path / "file.bin").write_bytes(b"old")
+    with pytest.raises(UserError, match=rf"sha256 is {SHA}, not {'0' * 64}: another file, or damaged"):
+        fetch(server.url, tmp_path / "file.bin", "0" * 64)
+    assert (tmp_path / "file.bin").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(404, "answered 404; check the address"), (403, "refuses it .403.; it is not public")]
+)
+def test_a_refusal_is_one_line_at_once(server, tmp_path, status, message):
+    server.faults = [status]
+    with pytest.raises(UserError, match=message):
+        fetch(server.url, tmp_path / "file.bin")
+    assert len(server.seen) == 1
+
+
+def test_no_server_is_one_line_that_says_where_to_put_the_file(tmp_path):
+    with pytest.raises(
+        UserError, match=r"connection failed \(ConnectionError\), 2 times; .* put the file at .*file\.bin yourself"
+    ):
+        fetch("http://127.0.0.1:9/file.bin", tmp_path / "file.bin", tries=2, pause=0)
+
+
+def test_hub_addresses_carry_the_token_to_the_hub_alone(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", server.url.removesuffix("/file.bin"))
+    monkeypatch.setenv("HF_TOKEN", "secret-token")
+    source = resolve("hf://owner/name@abc/folder/file.bin")
+    assert source.url.endswith("/owner/name/resolve/abc/folder/file.bin") and "secret" not in repr(source)
+    assert resolve("hf://datasets/owner/name/f.csv").url.endswith("/datasets/owner/name/resolve/main/f.csv")
+    # The hub sends on to another host, which must not see the token.
+    server.faults = [server.url.replace("127.0.0.1", "localhost")]
+    fetch("hf://owner/name/file.bin", tmp_path / "file.bin", SHA)
+    first, second = (headers for _, headers in server.seen)
+    assert first["Authorization"] == "Bearer secret-token" and "Authorization" not in second
+    server.faults = [401]
+    with pytest.raises(UserError, match="set HF_TOKEN and accept its licence") as refused:
+        fetch("hf://owner/name/file.bin", tmp_path / "other.bin")
+    assert "secret" not in str(refused.value)
+
+
+def test_drive_links_and_their_warning_page(server, tmp_path, monkeypatch):
+    for link in (
+        "https://drive.google.com/file/d/1a-B_c/view?usp=sharing",
+        "https://drive.google.com/uc?id=1a-B_c&export=download",
+    ):
+        source = resolve(link)
+        assert source.url == fetching.DRIVE and source.parameters == {
+            "id": "1a-B_c",
+            "export": "download",
+            "confirm": "t",
+        }
+
+    class Page:
+        status_code, headers = 200, {"Content-Type": "text/html; charset=utf-8"}
+
+    with pytest.raises(UserError, match="Google Drive sent a page instead of the file"):
+        fetching._check(Page, source, link)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("ftp://host/file", "not an address to fetch from"),
+        ("hf://owner", "not of the form hf://owner/name"),
+        ("https://drive.google.com/drive/folders/abc", "no file identifier"),
+    ],
+)
+def test_other_addresses_are_refused(address, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        fetch(address, tmp_path / "file")

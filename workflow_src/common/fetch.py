@@ -1,0 +1,219 @@
+"""Fetch a file from the network: resumable, retried, verified, and whole or absent.
+
+    python -m workflow_src.common.fetch https://host/file.bin --out data/file.bin --sha256 …
+    python -m workflow_src.common.fetch hf://owner/name@revision/path/in/repository --out …
+    python -m workflow_src.common.fetch https://drive.google.com/file/d/ID/view --out …
+
+A download that was cut continues where it stopped, as long as the server still has the same file (its ETag or date says
+so). Tokens come from the environment (`HF_TOKEN`), go to no other host, and appear in no message.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from workflow_src.common.errors import UserError, disk_full, run_cli
+from workflow_src.common.files import sha256_file
+from workflow_src.common.process import die_with_parent
+from workflow_src.common.progress import Progress, say
+
+HUB = "https://huggingface.co"
+DRIVE = "https://drive.usercontent.google.com/download"
+BLOCK = 1 << 18  # bytes per read; of a cut download at most so many come twice
+MEGABYTE = 1e6
+TRIES = 5
+TIMEOUT = 30.0  # seconds without a byte
+RETRIED = {408, 425, 429, 500, 502, 503, 504}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a file really is: `url`, the query's `parameters`, and `headers` for that host alone."""
+
+    url: str
+    parameters: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict, repr=False)
+
+
+class _Again(Exception):
+    """Worth another try; the message says what went wrong."""
+
+
+class _Changed(_Again):
+    """The server has another file now: what has come is of no use."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Fetch a file: resumable, retried, verified.",
+        epilog=__doc__.split("\n\n")[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("address", help="http(s) URL, Google Drive link, or hf://owner/name[@revision]/path")
+    parser.add_argument("--out", type=Path, required=True, help="file to write")
+    parser.add_argument("--sha256", default="", help="what the content must be; without it only the size is checked")
+    options = parser.parse_args()
+    die_with_parent()
+    say(f"{options.out}: sha256 {fetch(options.address, options.out, options.sha256)}")
+
+
+def resolve(address: str) -> Source:
+    """What to ask whom for. Raises UserError for an address of another kind."""
+    if address.startswith("hf://"):
+        found = re.fullmatch(r"hf://((?:datasets/)?[\w.-]+/[\w.-]+)(?:@([\w.-]+))?/(.+)", address)
+        if not found:
+            raise UserError(f"{address}: not of the form hf://owner/name[@revision]/path")
+        repository, revision, path = found.groups()
+        token = os.environ.get("HF_TOKEN", "")
+        hub = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
+        return Source(f"{hub}/{repository}/resolve/{revision or 'main'}/{path}",
+                      headers={"Authorization": f"Bearer {token}"} if token else {})  # fmt: skip
+    if re.match(r"https?://drive\.google\.com/", address):
+        found = re.search(r"/file/d/([\w-]+)|[?&]id=([\w-]+)", address)
+        if not found:
+            raise UserError(f"{address}: no file identifier in this Google Drive link; share the file, not a folder")
+        # `confirm` answers the page that warns of files too large for the virus scan.
+        return Source(DRIVE, {"id": found[1] or found[2], "export": "download", "confirm": "t"})
+    if not re.match(r"https?://[^/]+/", address):
+        raise UserError(f"{address}: not an address to fetch from; give http(s)://…, hf://… or a Google Drive link")
+    return Source(address)
+
+
+def fetch(address: str, out: str | Path, sha256: str = "", *, tries: int = TRIES, pause: float = 1.0) -> str:
+    """Make `out` the file at `address`; its sha256. Nothing is asked for when a file with that checksum is there.
+
+    `pause`: seconds before the first retry, doubled each time. Raises UserError when the file cannot be had, is too
+    short, or is another one than `sha256` says; `out` is then untouched.
+    """
+    out = Path(out)
+    if sha256 and out.is_file() and sha256_file(out) == sha256:
+        return sha256
+    source, partial = resolve(address), out.with_name(f".{out.name}.part")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(tries):
+        try:
+            _download(source, address, partial)
+            break
+        except _Again as error:
+            if isinstance(error, _Changed):
+                _forget(partial)
+            if attempt + 1 == tries:
+                raise UserError(
+                    f"{address}: {error}, {tries} times; what came is kept, the same command continues, or put the "
+                    f"file at {out} yourself"
+                ) from None
+            say(f"{out.name}: {error}; again in {pause:.3g} s")
+            time.sleep(pause)
+            pause *= 2
+    found = sha256_file(partial)
+    if sha256 and found != sha256:
+        _forget(partial)
+        raise UserError(f"{address}: sha256 is {found}, not {sha256}: another file, or damaged on the way")
+    with open(partial, "rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(partial, out)
+    _forget(partial)
+    return found
+
+
+def _download(source: Source, address: str, partial: Path) -> None:
+    """Bring `partial` to its end, from where it is. Raises `_Again` or UserError."""
+    import requests
+
+    begun = _begun(partial, address)
+    headers = {**source.headers, "Accept-Encoding": "identity"}
+    if begun["bytes"]:
+        headers |= {"Range": f"bytes={begun['bytes']}-", "If-Range": begun["version"]}
+    try:
+        with requests.get(
+            source.url, params=source.parameters, headers=headers, stream=True, timeout=TIMEOUT
+        ) as answer:
+            if answer.status_code == 416 and answer.headers.get("Content-Range") == f"bytes */{begun['bytes']}":
+                return  # everything had come; only the verdict was missing
+            _check(answer, source, address)
+            resumed = answer.status_code == 206
+            start = begun["bytes"] if resumed else 0
+            length = answer.headers.get("Content-Length")
+            total = start + int(length) if length else None
+            if not resumed:
+                _remember(partial, address, answer.headers)
+            _receive(answer, partial, start, total)
+    except requests.exceptions.ChunkedEncodingError as error:
+        raise _Again(f"the connection ended after {partial.stat().st_size} of {total or '?'} bytes") from error
+    except requests.RequestException as error:
+        raise _Again(f"connection failed ({type(error).__name__})") from error
+
+
+def _check(answer: Any, source: Source, address: str) -> None:
+    code = answer.status_code
+    if code == 416:
+        raise _Changed("the server has another file now")
+    if code in RETRIED:
+        raise _Again(f"the server answered {code}")
+    if code in (401, 403):
+        hint = "set HF_TOKEN and accept its licence" if address.startswith("hf://") else "it is not public"
+        raise UserError(f"{address}: the server refuses it ({code}); {hint}")
+    if code not in (200, 206):
+        raise UserError(f"{address}: the server answered {code}; check the address")
+    if source.url == DRIVE and answer.headers.get("Content-Type", "").startswith("text/html"):
+        raise UserError(
+            f"{address}: Google Drive sent a page instead of the file: not shared with everyone, or its daily quota "
+            "is used up; fetch it in a browser"
+        )
+
+
+def _receive(answer: Any, partial: Path, start: int, total: int | None) -> None:
+    label = partial.name.removeprefix(".").removesuffix(".part")[:24]
+    size = max(1, round((total or 0) / MEGABYTE))
+    with open(partial, "ab" if start else "wb") as handle, Progress(size, label, "MB") as progress:
+        progress.skip(round(start / MEGABYTE))
+        done = start
+        for block in answer.iter_content(BLOCK):
+            try:
+                handle.write(block)
+            except OSError as error:
+                if disk_full(error):
+                    raise OSError(error.errno, error.strerror, str(partial)) from error
+                raise
+            before, done = done, done + len(block)
+            progress.update(round(done / MEGABYTE) - round(before / MEGABYTE))
+
+
+# ---- what is known of a download that was begun ---------------------------------------------------------------------
+
+
+def _note(partial: Path) -> Path:
+    return partial.with_name(f"{partial.name}.json")
+
+
+def _remember(partial: Path, address: str, headers: Any) -> None:
+    """Which version of the file the coming bytes belong to. Weak ETags do not promise equal bytes."""
+    etag = headers.get("ETag", "")
+    version = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified", "")
+    _note(partial).write_text(json.dumps({"address": address, "version": version}), encoding="utf-8")
+
+
+def _begun(partial: Path, address: str) -> dict[str, Any]:
+    """Bytes that are there, and of which version; none when they cannot be trusted."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        note = json.loads(_note(partial).read_text(encoding="utf-8"))
+        if note["address"] == address and note["version"]:
+            return {"bytes": partial.stat().st_size, "version": note["version"]}
+    return {"bytes": 0, "version": ""}
+
+
+def _forget(partial: Path) -> None:
+    for path in (partial, _note(partial)):
+        path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)
