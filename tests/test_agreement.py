@@ -253,3 +253,47 @@ def test_report_on_published_cells_says_what_it_means():
     assert two.real[0] == pytest.approx(REAL[2]) and two.real_draws.shape == (400, 2, 17)
     means = {row["statistic"]: row["value"] for row in agreement.policy_rows(paired, "all", 0.95, generator)}
     assert means["permutation_p"] == pytest.approx(1 / 6) and means["best_policy_hit"] == 1 and means["regret"] == 0
+
+
+# ---- single rollouts ------------------------------------------------------------------------------------------------
+
+
+def outcomes(successes, counts=None, tasks=None) -> Outcomes:
+    successes = np.atleast_2d(np.asarray(successes, float))
+    counts = np.ones_like(successes) if counts is None else np.atleast_2d(np.asarray(counts, float))
+    return Outcomes(successes, counts, np.zeros(successes.shape[1], int) if tasks is None else np.asarray(tasks))
+
+
+def single(imagined: Outcomes, real: Outcomes, resamples: int = 200) -> dict[str, dict]:
+    weights = agreement.frame_weights(imagined.tasks, resamples, np.random.default_rng(0))
+    return {row["statistic"]: row for row in agreement.trial_rows(imagined, real, weights, 0.95)}
+
+
+@pytest.mark.parametrize(
+    ("imagined", "real", "alike", "chance", "kappa"),
+    [
+        ([1, 1, 0, 0], [1, 0, 1, 0], 0.5, 0.5, 0),  # the rates are right, the rollouts are not
+        ([1, 1, 0, 0], [1, 1, 0, 0], 1, 0.5, 1),
+        ([1, 1, 0, 0], [0, 0, 1, 1], 0, 0.5, -1),
+        ([1, 1, 1, 0], [1, 1, 0, 0], 0.75, 0.5, 0.5),
+        ([0, 0, 0, 0], [0, 0, 0, 0], 1, 1, math.nan),  # nothing to tell apart
+    ],
+)
+def test_single_rollouts_by_hand(imagined, real, alike, chance, kappa):
+    rows = single(outcomes(imagined), outcomes(real))
+    found = [rows[name]["value"] for name in ("agreement", "agreement_by_chance", "kappa")]
+    np.testing.assert_allclose(found, [alike, chance, kappa])
+    assert rows["agreement"]["low"] <= alike <= rows["agreement"]["high"] and rows["agreement"]["n"] == 4
+
+
+def test_single_rollouts_count_every_cell_alike_and_only_where_both_worlds_were_judged():
+    imagined = outcomes([1, 1, 0, 0, 1, 0], [1, 1, 1, 1, 1, 0], tasks=[0, 0, 0, 0, 1, 1])
+    real = outcomes([1, 1, 0, 1, 0, 1], tasks=[0, 0, 0, 0, 1, 1])
+    rows = single(imagined, real)
+    assert rows["agreement"]["value"] == pytest.approx((0.75 + 0) / 2) and rows["agreement"]["n"] == 5
+
+
+def test_repeats_enter_as_rates():
+    """Two imagined rollouts of a frame, one of which ends like the real one, agree by half."""
+    rows = single(outcomes([1, 2], [2, 2]), outcomes([1, 1]))
+    assert rows["agreement"]["value"] == pytest.approx(0.75)

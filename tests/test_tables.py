@@ -60,7 +60,7 @@ def test_ranking_table(tmp_path, monkeypatch):
     means = per_task.groupby("policy")["success_real"].mean()
     assert means[ranking["policy"]].to_numpy() == pytest.approx(ranking["success_real"].to_numpy())
     assert set(agreement["scope"]) == {"all policies", "trained policies", "policy x task cells",
-                                       "trained policy x task cells", "state judge"}  # fmt: skip
+                                       "trained policy x task cells", "state judge", "trials"}  # fmt: skip
     assert set(judge["judge"]) == {"classifier", "state"}
 
 
@@ -96,6 +96,8 @@ def test_agreement_of_a_perfect_world_model(tmp_path):
             0,
         ]  # same frames: no noise between the sides
         assert rows.loc[(scope, "pearson_ceiling"), "value"] < 1  # other frames would show some
+    assert rows.loc[("trials", "agreement"), ["value", "low", "high", "n"]].tolist() == [1, 1, 1, imagined.sum() / 2]
+    assert rows.loc[("trials", "kappa"), "value"] == 1 > rows.loc[("trials", "agreement_by_chance"), "value"]
     assert rows.loc[("all policies", "regret"), "value"] == 0
     assert rows.loc[("all policies", "pearson"), "n"] == 6 and rows.loc[("trained policies", "pearson"), "n"] == 3
 

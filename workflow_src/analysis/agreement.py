@@ -141,6 +141,43 @@ def cell_rows(paired: Paired, scope: str, confidence: float, generator: np.rando
     ]
 
 
+def trial_rows(imagined: Outcomes, real: Outcomes, weights: np.ndarray, confidence: float) -> list[dict[str, Any]]:
+    """Whether single rollouts end alike in both worlds, and how often they would if only the cells' rates were right.
+
+    `imagined` and `real` hold the same trials; `weights (B, N)` resample them. Every cell counts alike.
+    """
+    there = (imagined.counts > 0) & (real.counts > 0)
+    rates = [found.successes / np.maximum(found.counts, 1) for found in (imagined, real)]
+    alike = Outcomes(np.where(there, _match(*rates), 0.0), there.astype(float), imagined.tasks)
+    values = _trial_values(alike.cells()[0], imagined.cells()[0], real.cells()[0])
+    draws = _trial_values(*(frame_draws(found, weights) for found in (alike, imagined, real)))
+    conventions = {
+        "agreement": "share of trials that end alike in both worlds, mean over cells",
+        "agreement_by_chance": "reference: the same rates per cell, but independent outcomes",
+        "kappa": "(agreement - by chance) / (1 - by chance); 0: rates alone, 1: every trial",
+    }
+    estimand = "the outcome of a policy on one of these first frames"
+    return [
+        _row(name, values[name], *_interval(draws[name], confidence, values[name]), convention, BOOTSTRAP)
+        | {"scope": "trials", "n": int(there.sum()), "estimand": estimand, "pairing": SAME_FRAMES}
+        for name, convention in conventions.items()
+    ]
+
+
+def _match(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Chance that independent outcomes with these success rates are equal."""
+    return one * other + (1 - one) * (1 - other)
+
+
+def _trial_values(alike: np.ndarray, imagined: np.ndarray, real: np.ndarray) -> dict[str, Any]:
+    """Agreement, agreement by chance and kappa from rates (..., P, K)."""
+    agreement, chance = np.nanmean(alike, (-2, -1)), np.nanmean(_match(imagined, real), (-2, -1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        kappa = np.where(chance < 1, (agreement - chance) / (1 - chance), np.nan)
+    values = {"agreement": agreement, "agreement_by_chance": chance, "kappa": kappa}
+    return {name: value if np.ndim(value) else float(value) for name, value in values.items()}
+
+
 def _flat(cells: np.ndarray) -> np.ndarray:
     return cells.reshape(*cells.shape[:-2], -1)
 

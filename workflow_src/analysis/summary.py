@@ -60,6 +60,13 @@ def agreement_lines(rows: list[dict[str, str]]) -> list[str]:
             f"bias {_number(found['bias'], 2, '+')}",
         ])  # fmt: skip
         lines.append(f"  {f'{n} {scope}':<24} {numbers}")
+    single = {row["statistic"]: row for row in rows if row["scope"] == "trials"}
+    if single:
+        n, chance, kappa = single["agreement"]["n"], single["agreement_by_chance"], single["kappa"]
+        lines.append(
+            f"  {f'{n} single rollouts':<24} end alike {_with_interval(single['agreement'])}  "
+            f"by chance {_number(chance, 2)}  kappa {_number(kappa, 2)}"
+        )
     return lines or ["  no real results to compare with"]
 
 

@@ -224,7 +224,10 @@ def agreement_table(study: Study) -> pd.DataFrame:
             agreement.frame_draws(found, weights), real_draws, pairing,
         )  # fmt: skip
 
-    return pd.DataFrame(_scopes(study, paired, generator), columns=AGREEMENT_COLUMNS)
+    rows = _scopes(study, paired, generator)
+    if study.truth is not None:
+        rows += agreement.trial_rows(study.imagined, study.truth, weights, study.confidence)
+    return pd.DataFrame(rows, columns=AGREEMENT_COLUMNS)
 
 
 def _scopes(study: Study, paired, generator: np.random.Generator) -> list[dict[str, Any]]:
