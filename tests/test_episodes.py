@@ -15,7 +15,7 @@ from workflow_src.episodes.store import EpisodeStore, episode_paths
 from workflow_src.tabletop.simulator import Simulator
 
 LAB = Lab(image_size=16, supersample=1, horizon=6, workers=1)
-MIX = {"expert": 1.0, "slow": 1.0, "noisy": 1.0, "failing": 1.0, "random": 1.0, "play": 1.0}
+MIX = dict.fromkeys(BEHAVIOURS, 1.0)
 SPLIT = Split(episodes=11, mix=MIX)
 
 
@@ -79,12 +79,47 @@ def test_clean_expert_episodes_succeed_and_follow_the_label(tmp_path):
         np.testing.assert_array_equal(arrays.actions[i], arrays.expert[i, :-1, LAB.tasks.index(task)])
 
 
+def record_alone(folder, behaviour, episodes=6):
+    lab = Lab(image_size=8, supersample=1, workers=1)
+    return EpisodeStore(make_store(folder, lab, Split(episodes=episodes, mix={behaviour: 1.0}))).load_all()
+
+
+def test_a_pantomime_moves_like_the_expert_and_achieves_nothing(tmp_path):
+    arrays = record_alone(tmp_path, "pantomime", episodes=12)
+    held = arrays.table.task.isin(["put_on_plate", "lift"]).to_numpy()
+    assert not arrays.table.success[held].any()
+    closed, height = arrays.actions[..., 6] < 0.5, arrays.state[:, 1:, 2]
+    carried = closed & (height > 0.045)  # closed fingers high above the table, where the expert would hold a block
+    assert carried[held].any(1).mean() > 0.7
+    assert (arrays.state[held][..., 6] < 0.06).all()  # while the block stays on the table
+    placed = (arrays.table.task == "put_on_plate").to_numpy()
+    assert (arrays.actions[placed, -1, 6] > 0.5).mean() > 0.7  # and lets go in the end
+
+
+def test_an_idle_robot_stays_where_it_was(tmp_path):
+    arrays = record_alone(tmp_path, "idle", episodes=12)
+    moves = arrays.actions[..., :3].any(-1)
+    assert not moves[:, -5:].any() and moves.any() and not moves.all(1).any()
+    for actions, moving in zip(arrays.actions, moves):
+        after = np.flatnonzero(moving)[-1] + 2 if moving.any() else 0
+        assert len(set(actions[after:, 6])) == 1
+
+
 def test_mix_is_exact_and_tasks_are_balanced():
     plans = recorder.plan_episodes(
         Split(episodes=101, mix={"expert": 0.3, "noisy": 0.7, "play": 0.0}), LAB.tasks, 0, "train"
     )
     counts = {name: sum(p.behaviour == name for p in plans) for name in BEHAVIOURS}
-    assert counts == {"expert": 30, "slow": 0, "noisy": 71, "failing": 0, "random": 0, "play": 0}
+    assert counts == {
+        "expert": 30,
+        "slow": 0,
+        "noisy": 71,
+        "failing": 0,
+        "random": 0,
+        "play": 0,
+        "idle": 0,
+        "pantomime": 0,
+    }
     tasks = [sum(p.task == task for p in plans) for task in LAB.tasks]
     assert max(tasks) - min(tasks) <= 1
     assert len({p.seed for p in plans}) == 101

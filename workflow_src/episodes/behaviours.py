@@ -162,6 +162,75 @@ class Play(Actor):
         return action
 
 
+class Idle(Actor):
+    """The expert up to some moment, often the first, then nothing more."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.moment = 0 if self.rng.random() < 0.4 else int(self.rng.integers(1, 13))
+        self.opening = float(self.rng.random() < 0.7)
+
+    def act(self, step, state, advice):
+        if step < self.moment:
+            self.opening = float(advice[6])
+            return advice
+        return np.array([0, 0, 0, 0, 0, 0, self.opening])
+
+
+class Pantomime(Actor):
+    """Does the whole task with a block that is not there, beside the real one.
+
+    So motions that look like success stand beside episodes in which nothing happened: without them a model may believe the
+    motion and not look at the block.
+    """
+
+    HELD = 0.58  # opening of fingers that hold a block
+    REST = 0.025  # height of a block's centre on the table
+    TABLE = np.array([0.19, 0.14])  # half its sides
+    REACH = 0.06  # from the centre of the closed gripper to that of a block it pushes
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        angles, distance = self.rng.uniform(0, 2 * np.pi, 16), self.rng.uniform(0.07, 0.13)
+        self.offsets = distance * np.stack([np.cos(angles), np.sin(angles)], 1)
+        self.block: np.ndarray | None = None  # the one that is not there
+        self.hand: np.ndarray | None = None  # one step ago
+        self.grasp: np.ndarray | None = None  # from hand to block, while it is held
+        self.closed = False  # the last command
+
+    def ask(self, step, state):
+        hand = state[GRIPPER].astype(float)
+        self._move(hand, state)
+        self.hand = hand
+        supposed = state.copy()
+        supposed[OBJECT] = self.block
+        if self.grasp is not None:
+            supposed[OPENING] = self.HELD
+        return supposed, self.task
+
+    def _move(self, hand: np.ndarray, state: np.ndarray) -> None:
+        """Where the block would be now."""
+        if self.block is None:
+            self.block = state[OBJECT].astype(float)
+            places = self.block[:2] + self.offsets
+            edge = np.abs(places / self.TABLE).max(1)  # 1: on the edge of the table
+            self.block[:2] = places[np.argmin(np.maximum(edge, 0.75))]  # the first that is well inside
+            return
+        gap = self.block - hand
+        if self.grasp is None and self.closed and state[OPENING] < self.HELD and np.abs(gap).max() < 0.03:
+            self.grasp = gap
+        if self.grasp is not None and self.closed:
+            self.block = hand + self.grasp
+        elif self.grasp is not None:
+            self.grasp, self.block[2] = None, self.REST
+        elif state[OPENING] < 0.5 and hand[2] < 0.03 and np.linalg.norm(gap[:2]) < self.REACH:
+            self.block[:2] += (hand - self.hand)[:2]
+
+    def act(self, step, state, advice):
+        self.closed = bool(advice[6] < 0.5)
+        return advice
+
+
 BEHAVIOURS: dict[str, type[Actor]] = {
     "expert": Actor,
     "slow": Slow,
@@ -169,6 +238,8 @@ BEHAVIOURS: dict[str, type[Actor]] = {
     "failing": Failing,
     "random": Random,
     "play": Play,
+    "idle": Idle,
+    "pantomime": Pantomime,
 }
 
 
