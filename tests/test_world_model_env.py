@@ -9,13 +9,14 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.worlds import FACTORISED, FLOW, JOINT, make_network
 from workflow_src.common import sections
 from workflow_src.common.errors import UserError
 from workflow_src.world_model import environment, tokenizer
-from workflow_src.world_model.artefact import Card, WorldModel, load_artefact, read_card, save_artefact
+from workflow_src.world_model.artefact import Card, WorldModel, identity, load_artefact, read_card, save_artefact
 
 torch.set_num_threads(1)
 
@@ -179,6 +180,20 @@ def test_sampler_settings_may_be_changed_afterwards(folder):
     content["sampler"]["steps"] = 4
     (folder / "config.json").write_text(json.dumps(content))
     assert load_artefact(folder).card.sampler.steps == 4
+
+
+def test_an_artefact_from_before_an_option_was_added_still_loads(folder, tmp_path):
+    """Whoever wrote it did not know the field; its default is what the network was."""
+    content = json.loads((folder / "config.json").read_text())
+    assert content["network"].pop("first_frame") is True  # the option is new: its default, False, is another network
+    content["network"].pop("mlp_ratio")  # here the default is what the weights are
+    (folder / "config.json").write_text(json.dumps(content))
+    with safe_open(folder / "model.safetensors", "pt") as handle:
+        weights = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    weights.pop("first_proj.weight")
+    save_file(weights, folder / "model.safetensors", {"identity": identity(content)})
+    card = load_artefact(folder).card
+    assert card.network.mlp_ratio == 4 and not card.network.first_frame
 
 
 def _weights(folder, change):

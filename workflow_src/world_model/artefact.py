@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -55,11 +55,13 @@ class Card:
     format: str = FORMAT
     provenance: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def identity(self) -> str:
-        """Digest of what the weights depend on; the sampler's settings may be changed afterwards."""
-        kept = {key: value for key, value in to_dict(self).items() if key not in ("sampler", "provenance", "format")}
-        return digest(kept)
+
+def identity(content: Mapping[str, Any]) -> str:
+    """Digest of what the weights depend on, from `config.json`'s content; the sampler's settings may be changed afterwards.
+
+    Of the content as it was written: a field that a later version adds makes no older artefact another one.
+    """
+    return digest({key: value for key, value in content.items() if key not in ("sampler", "provenance", "format")})
 
 
 class Tokenizer(Protocol):
@@ -103,12 +105,13 @@ def save_artefact(folder: str | Path, network: nn.Module, card: Card, tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None and Path(tokenizer).resolve() != (folder / "tokenizer").resolve():
         _copy_tokenizer(Path(tokenizer), folder / "tokenizer")
-    write_json(folder / "config.json", to_dict(card))
+    content = to_dict(card)
+    write_json(folder / "config.json", content)
     weights = {name: value.detach().float().cpu().contiguous() for name, value in network.state_dict().items()}
     path = folder / "model.safetensors"
     with atomic_path(path) as temporary:
         # One entry only: safetensors writes several in random order, and equal models should be equal files.
-        save_file(weights, temporary, metadata={"identity": card.identity})
+        save_file(weights, temporary, metadata={"identity": identity(content)})
     return path
 
 
@@ -129,12 +132,13 @@ def load_artefact(folder: str | Path, device: torch.device | str = "cpu") -> Wor
 
     folder = Path(folder)
     folder = folder.parent if folder.suffix == ".safetensors" else folder
-    card = read_card(folder)
+    content = _read_content(folder)
+    card = _card(folder, content)
     path = folder / "model.safetensors"
     network = build_network(card)
     weights, metadata = read_weights(path)
     load_strictly(network, weights, path)
-    if metadata.get("identity", card.identity) != card.identity:
+    if metadata.get("identity") not in (None, identity(content)):
         raise UserError(
             f"{folder / 'config.json'}: does not belong to {path.name} beside it; restore it, or make the model again"
         )
@@ -144,6 +148,10 @@ def load_artefact(folder: str | Path, device: torch.device | str = "cpu") -> Wor
 
 def read_card(folder: str | Path) -> Card:
     """The card of an artefact. Raises UserError if it is missing, broken or of another format."""
+    return _card(folder, _read_content(folder))
+
+
+def _read_content(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -154,6 +162,11 @@ def read_card(folder: str | Path) -> Card:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else content
         raise UserError(f"{path}: format {found!r} is not {FORMAT!r}; this is no world model of this version")
+    return content
+
+
+def _card(folder: str | Path, content: dict[str, Any]) -> Card:
+    path = Path(folder) / "config.json"
     try:
         return from_dict(Card, content, str(path))
     except TypeError as error:  # a field without default is absent
