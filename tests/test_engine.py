@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +267,13 @@ def test_schedule_warms_up_and_decays_to_zero():
     factors = [schedule(step, config) for step in range(100)]
     assert factors[0] == pytest.approx(0.1) and factors[9:60] == [1.0] * 51 and factors[99] == pytest.approx(1 / 40)
     assert schedule(99, Training(steps=100, warmup=0, decay=0.0)) == 1.0
+    cosine = [schedule(step, replace(config, decay_shape="cosine")) for step in range(100)]
+    assert cosine[:61] == factors[:61] and cosine[80] == pytest.approx(0.5)  # half way down the last 40 steps
+    assert (
+        cosine[70] > factors[70]
+        and cosine[95] < factors[95]
+        and cosine == sorted(cosine[:10]) + sorted(cosine[10:])[::-1]
+    )
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 32), (3, 32, 8), (1, 16, 16)])

@@ -62,7 +62,8 @@ class Training:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
     warmup: int = 50  # steps
-    decay: float = 0.4  # last fraction of the steps with linear decay to zero; 0: constant
+    decay: float = 0.4  # last fraction of the steps, in which the learning rate falls to zero; 0: constant
+    decay_shape: Literal["linear", "cosine"] = "linear"
     clip: float = 1.0  # gradient norm
     ema: float = 0.995
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the processor has it

@@ -7,6 +7,7 @@ takes them one by one and, besides, exists only from torch 2.9 on.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import torch
@@ -24,10 +25,13 @@ NOT_HIDDEN = ("embed", "modulation", "adaln", "bias", "final", "head", "null", "
 
 
 def schedule(step: int, config: Training) -> float:
-    """Learning-rate factor of 0-based `step`: linear warm-up, constant, linear decay over the last `config.decay`."""
+    """Learning-rate factor of 0-based `step`: linear warm-up, constant, decay over the last `config.decay`."""
     rising = (step + 1) / max(1, config.warmup)
     falling = (config.steps - step) / max(1.0, config.decay * config.steps) if config.decay > 0 else 1.0
-    return max(0.0, min(1.0, rising, falling))
+    falling = max(0.0, min(1.0, falling))
+    if config.decay_shape == "cosine":
+        falling = 0.5 - 0.5 * math.cos(math.pi * falling)
+    return min(1.0, rising, falling)
 
 
 def hidden_matrices(model: nn.Module) -> list[str]:
