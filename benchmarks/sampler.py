@@ -92,11 +92,11 @@ def measure(options: argparse.Namespace, name: str, batch: int) -> dict[str, flo
             roll_out(network, settings, batch, options.frames, side)
         handle.remove()
         seconds = roll_out(network, settings, batch, options.frames, side)
-    generated = batch * options.frames
+    generated, used = batch * options.frames, memory(device)  # before `peak` makes its own matrices
     work = counter.get_total_flops() / generated
     return {
         "forwards": sum(seen) / generated, "tflop": work / 1e12, "frames_per_second": generated / seconds,
-        "floor": work * generated / seconds / peak(device, options.precision), "memory": memory(device),
+        "floor": work * generated / seconds / peak(device, options.precision), "memory": used,
     }  # fmt: skip
 
 

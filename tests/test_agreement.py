@@ -291,6 +291,8 @@ def test_single_rollouts_count_every_cell_alike_and_only_where_both_worlds_were_
     real = outcomes([1, 1, 0, 1, 0, 1], tasks=[0, 0, 0, 0, 1, 1])
     rows = single(imagined, real)
     assert rows["agreement"]["value"] == pytest.approx((0.75 + 0) / 2) and rows["agreement"]["n"] == 5
+    assert rows["agreement_by_chance"]["value"] == pytest.approx((0.5 + 0) / 2)
+    assert rows["kappa"]["value"] == pytest.approx((0.375 - 0.25) / 0.75, abs=1e-6)
 
 
 def test_repeats_enter_as_rates():

@@ -59,6 +59,7 @@ def test_every_shipped_configuration_is_valid(path):
         ("world_model/own_frames/share", 1.5, r"own_frames\.share: 1\.5 is not a fraction"),
         ("world_model/own_frames/every", 0, r"own_frames\.every: 0 is impossible"),
         ("world_model/own_frames/horizon", 2, r"own_frames\.horizon: 2 does not fit; from 4 .* to 18"),
+        ("world_model/sampler/window", 9, r"sampler: horizon 1 and window 9 do not fit; 1 <= horizon < window <= 5"),
         ("world_model/objective/schedule", "sigmoid", r"own_frames\.share: needs world_model\.objective\.schedule flow"),
         ("world_model/network/attention", "joined", r"attention: 'joined' is not allowed; did you mean 'joint'"),
     ],

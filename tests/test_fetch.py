@@ -41,6 +41,8 @@ class Server(http.server.BaseHTTPRequestHandler):
                 self.send_header("Content-Length", "0")
                 return self.end_headers()
         self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start + server.shift}-{len(content) - 1}/{len(content)}")
         if server.etag:
             self.send_header("ETag", server.etag)
         self.send_header("Content-Length", str(len(content) - start))
@@ -55,7 +57,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    server.content, server.etag, server.faults, server.seen = CONTENT, '"v1"', [], []
+    server.content, server.etag, server.faults, server.seen, server.shift = CONTENT, '"v1"', [], [], 0
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     server.url = f"http://127.0.0.1:{server.server_port}/file.bin"
     yield server
@@ -191,3 +193,42 @@ def test_drive_links_and_their_warning_page(server, tmp_path, monkeypatch):
 def test_other_addresses_are_refused(address, message, tmp_path):
     with pytest.raises(UserError, match=message):
         fetch(address, tmp_path / "file")
+
+
+def test_what_is_known_before_anything_is_asked_for_is_said_at_once(server, tmp_path):
+    for sha256 in ("abc", SHA[:-1], SHA + "0"):
+        with pytest.raises(UserError, match="is not a sha256; give 64 hexadecimal digits"):
+            fetch(server.url, tmp_path / "file.bin", sha256)
+    with pytest.raises(UserError, match="is a folder; name the file"):
+        fetch(server.url, tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        fetch(server.url, tmp_path / "file" / "below.bin")
+    assert not server.seen
+    assert fetch(server.url, tmp_path / "file.bin", f" {SHA.upper()} ") == SHA
+
+
+def test_another_range_than_asked_for_is_not_appended(server, tmp_path):
+    server.faults, server.shift = [1_000_000], 5
+    assert fetch(server.url, tmp_path / "file.bin", SHA, pause=0) == SHA
+    assert ranges(server) == [None, f"bytes={whole_blocks(1_000_000)}-", None]
+
+
+def test_two_processes_do_not_write_one_file(server, tmp_path):
+    out = tmp_path / "file.bin"
+    first = fetching._alone(out, out.with_name(".file.bin.part"))
+    with first, pytest.raises(UserError, match="another process is fetching"):
+        fetch(server.url, out)
+    assert fetch(server.url, out, SHA) == SHA
+
+
+def test_secrets_in_an_address_stay_out_of_messages_and_files(server, tmp_path):
+    address = server.url.replace("http://", "http://user:password@") + "?token=signature"
+    server.faults = [1_000_000, 404]
+    with pytest.raises(UserError) as cut:
+        fetch(address, tmp_path / "file.bin", tries=1)
+    with pytest.raises(UserError) as refused:
+        fetch(address, tmp_path / "file.bin")
+    kept = "".join(path.read_text(errors="replace") for path in tmp_path.iterdir() if path.suffix == ".json")
+    for text in (str(cut.value), str(refused.value), kept):
+        assert text and "password" not in text and "signature" not in text

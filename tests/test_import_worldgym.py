@@ -86,7 +86,7 @@ def test_an_imported_checkpoint_generates_the_published_frames(name, tmp_path, v
         lambda good, bad: {"ema": good, "model": bad},
         lambda good, bad: {"model": good, "optimizer": {"state": {}}},
         lambda good, bad: good,
-        lambda good, bad: {"model": {f"module._orig_mod.{key}": value for key, value in good.items()}},
+        lambda good, bad: {"model": {f"_orig_mod.module.ema_model.{key}": value for key, value in good.items()}},
     ],
     ids=["ema first", "model", "bare", "wrapped"],
 )
@@ -132,11 +132,12 @@ def broken(change):
         ),
         (lambda: broken(lambda s: s.pop("x_proj.weight")), r"x_proj\.weight is absent; this is not a WorldGym network"),
         (lambda: {"ema": {"a": 1}}, r"holds no weights under `ema`, under `model`, or at its top"),
-        (lambda: {"model": Malicious()}, r"cannot be loaded without running code|can be loaded without running code"),
+        (lambda: {"model": Malicious()}, r"loading it would run code \((_io|io|builtins)\.open\)"),
     ],
     ids=["missing", "extra", "misshapen", "another network", "no weights", "code"],
 )
 def test_what_does_not_fit_is_one_line(content, message, tmp_path, vae, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     path = write(tmp_path, content())
     code, line = run(
         monkeypatch, capsys, path, tmp_path / "out", "--rope", "standard", "--cfg", 3, "--heads", 2, "--vae", vae
@@ -154,6 +155,19 @@ class Malicious:
 
 def test_unknown_names_need_options_and_wrong_folders_are_named(tmp_path, vae, monkeypatch, capsys):
     path = write(tmp_path, weights("dit_standard_rope")[0])
+    code, line = run(monkeypatch, capsys, path, tmp_path / "out", "--cfg", 1)
+    assert code == 2 and "other.pt: not the name of a published file, so --rope is needed" in line
+    for options, message in (
+        (("--embodiment", "widoxw"), "'widoxw' is unknown; did you mean 'widowx'"),
+        (("--image", 100), "--image: 100 is impossible; it must be a positive multiple of 16"),
+        (("--context", 0), "--context: 0 is impossible"),
+        (("--cfg", 1, "--rope", "pixel", "--heads", 2), "--vae-revision: needed with the hub repository"),
+    ):
+        code, line = run(monkeypatch, capsys, path, tmp_path / "out", *options)
+        assert code == 2 and message in line, line
+    (tmp_path / "page.pt").write_text("<html>")
+    code, line = run(monkeypatch, capsys, tmp_path / "page.pt", tmp_path / "out")
+    assert code == 2 and "page.pt: not a file that today's torch.save wrote" in line
     code, line = run(monkeypatch, capsys, path, tmp_path / "out", "--cfg", 1)
     assert code == 2 and "other.pt: not the name of a published file, so --rope is needed" in line
     code, line = run(monkeypatch, capsys, tmp_path / "no.pt", tmp_path / "out")
@@ -200,6 +214,16 @@ def test_an_imported_model_is_a_world_to_roll_out_in(tmp_path, vae, monkeypatch,
     model = load_artefact(out)
     save_artefact(tmp_path / "again", model.network, model.card, out / "tokenizer")
     assert load_artefact(tmp_path / "again").tokenizer.digest == model.card.tokenizer
+    # Imported again from its own copy; then with another autoencoder under the same model.
+    own = out / "tokenizer" / "vae"
+    assert run(monkeypatch, capsys, path, out, "--heads", 2, "--image", 64, "--vae", own)[0] == 0
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(config | {"scaling_factor": 2.0}))
+    with pytest.raises(UserError, match="vae/ is not what was copied there"):
+        load_artefact(out)
+    write_description(out / "tokenizer", str(own))
+    with pytest.raises(UserError, match="is another tokenizer than the model's"):
+        load_artefact(out)
 
 
 def test_an_autoencoder_that_is_not_there_is_one_line(tmp_path, monkeypatch):

@@ -51,6 +51,7 @@ def test_a_share_of_the_clips_shows_own_rollouts_of_the_same_frames(prepared, ne
     samples = np.arange(400)
     loss.prepare(BEGIN - 1, network)
     assert loss.choose(BEGIN - 1, samples).own is None
+    assert set(loss.describe(BEGIN - 1, samples)) == {"episode", "start", "mirrored"}
     loss.prepare(BEGIN, network)
     choice = loss.choose(BEGIN, samples)
     own = choice.own >= 0
@@ -116,6 +117,17 @@ def test_what_is_learned_is_the_recording_and_shown_frames_are_not(prepared):  #
     torch.testing.assert_close(inputs[0], objective.add_noise(visible, noise, levels))
     error = clean.square().mean((2, 3, 4)) * objective.weight(levels)
     torch.testing.assert_close(losses, torch.stack([error[0, [1, 3]].sum() / 4, error[1].mean()]))
+
+
+def test_rollouts_of_other_trainings_and_old_ones_go(prepared, network, tmp_path):  # noqa: F811
+    loss = make_own(prepared, tmp_path, every=20)
+    (tmp_path / "own_frames_another_000000010.npy").touch()
+    (tmp_path / "own_frames_identity_000000010.part").touch()
+    for step in (10, 30, 50, 70, 90):  # checkpoints every 20 steps, two of which are kept
+        loss.prepare(step, network)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"own_frames_identity_{step:09d}.npy" for step in (30, 50, 70, 90)
+    ]
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -40,7 +40,7 @@ def test_sweeps_start_from_the_frame_share_their_noise_and_follow_their_actions(
 
 def run(monkeypatch, capsys, *options):
     monkeypatch.setattr(sys, "argv", ["sweep", *map(str, options)])
-    monkeypatch.setattr(sweep, "load_artefact", lambda path: world(replace(CARD, control_hz=5.0)))
+    monkeypatch.setattr(sweep, "load_artefact", lambda path, device: world(replace(CARD, control_hz=5.0)))
     try:
         run_cli(sweep.main)
     except SystemExit as end:

@@ -187,6 +187,12 @@ def _check_own_frames(config: Config) -> None:
         raise UserError(
             f"{path}.share: needs world_model.objective.schedule flow, not {model.objective.schedule}; or set 0"
         )
+    sampler = model.sampler
+    if not 1 <= sampler.horizon < sampler.window <= model.clip_frames:
+        raise UserError(
+            f"world_model.sampler: horizon {sampler.horizon} and window {sampler.window} do not fit; "
+            f"1 <= horizon < window <= {model.clip_frames} (world_model.clip_frames)"
+        )
     if not model.clip_frames - 1 <= own.horizon <= config.lab.horizon:
         raise UserError(
             f"{path}.horizon: {own.horizon} does not fit; from {model.clip_frames - 1} (a clip of world_model.clip_frames) "

@@ -147,6 +147,9 @@ def trial_rows(imagined: Outcomes, real: Outcomes, weights: np.ndarray, confiden
     `imagined` and `real` hold the same trials; `weights (B, N)` resample them. Every cell counts alike.
     """
     there = (imagined.counts > 0) & (real.counts > 0)
+    imagined, real = (
+        Outcomes(found.successes * there, found.counts * there, found.tasks) for found in (imagined, real)
+    )
     rates = [found.successes / np.maximum(found.counts, 1) for found in (imagined, real)]
     alike = Outcomes(np.where(there, _match(*rates), 0.0), there.astype(float), imagined.tasks)
     values = _trial_values(alike.cells()[0], imagined.cells()[0], real.cells()[0])

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from workflow_src.common.errors import UserError, disk_full, run_cli
-from workflow_src.common.files import sha256_file
+from workflow_src.common.files import digest, sha256_file
 from workflow_src.common.process import die_with_parent
 from workflow_src.common.progress import Progress, say
 
@@ -93,35 +95,67 @@ def fetch(address: str, out: str | Path, sha256: str = "", *, tries: int = TRIES
     `pause`: seconds before the first retry, doubled each time. Raises UserError when the file cannot be had, is too
     short, or is another one than `sha256` says; `out` is then untouched.
     """
-    out = Path(out)
+    out, sha256 = Path(out), sha256.strip().lower()
+    if sha256 and not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        raise UserError(f"--sha256: {sha256!r} is not a sha256; give 64 hexadecimal digits")
+    if out.is_dir():
+        raise UserError(f"--out: {out} is a folder; name the file to write")
     if sha256 and out.is_file() and sha256_file(out) == sha256:
         return sha256
     source, partial = resolve(address), out.with_name(f".{out.name}.part")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(out, partial):
+        _insist(source, address, out, partial, tries, pause)
+        found = sha256_file(partial)
+        if sha256 and found != sha256:
+            _forget(partial)
+            raise UserError(f"{shown(address)}: sha256 is {found}, not {sha256}: another file, or damaged on the way")
+        with open(partial, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(partial, out)
+        _forget(partial)
+    return found
+
+
+def shown(address: str) -> str:
+    """`address` for messages: without user, password and query, where secrets stand."""
+    return re.sub(r"^(\w+://)[^/@]*@", r"\1", address).partition("?")[0]
+
+
+@contextlib.contextmanager
+def _alone(out: Path, partial: Path) -> Iterator[None]:
+    """One process at a time per file: two would append to the same beginning."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(partial.with_name(f"{partial.name}.lock"), "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written ({error.strerror})") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--out: another process is fetching {out}; wait for it") from None
+        try:
+            yield
+        finally:
+            Path(handle.name).unlink(missing_ok=True)
+
+
+def _insist(source: Source, address: str, out: Path, partial: Path, tries: int, pause: float) -> None:
     for attempt in range(tries):
         try:
-            _download(source, address, partial)
-            break
+            return _download(source, address, partial)
         except _Again as error:
             if isinstance(error, _Changed):
                 _forget(partial)
             if attempt + 1 == tries:
                 raise UserError(
-                    f"{address}: {error}, {tries} times; what came is kept, the same command continues, or put the "
-                    f"file at {out} yourself"
+                    f"{shown(address)}: {error}, {tries} times; what came is kept, the same command continues, or put "
+                    f"the file at {out} yourself"
                 ) from None
             say(f"{out.name}: {error}; again in {pause:.3g} s")
             time.sleep(pause)
             pause *= 2
-    found = sha256_file(partial)
-    if sha256 and found != sha256:
-        _forget(partial)
-        raise UserError(f"{address}: sha256 is {found}, not {sha256}: another file, or damaged on the way")
-    with open(partial, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(partial, out)
-    _forget(partial)
-    return found
+    return None
 
 
 def _download(source: Source, address: str, partial: Path) -> None:
@@ -143,9 +177,13 @@ def _download(source: Source, address: str, partial: Path) -> None:
             start = begun["bytes"] if resumed else 0
             length = answer.headers.get("Content-Length")
             total = start + int(length) if length else None
+            if resumed and not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+                raise _Changed("the server answered another range than asked for")
             if not resumed:
+                partial.unlink(missing_ok=True)  # before its version is: old bytes must not pass for new ones
                 _remember(partial, address, answer.headers)
-            _receive(answer, partial, start, total)
+            if _receive(answer, partial, start, total) < (total or 0):
+                raise _Again("the file came short")
     except requests.exceptions.ChunkedEncodingError as error:
         raise _Again(f"the connection ended after {partial.stat().st_size} of {total or '?'} bytes") from error
     except requests.RequestException as error:
@@ -160,17 +198,18 @@ def _check(answer: Any, source: Source, address: str) -> None:
         raise _Again(f"the server answered {code}")
     if code in (401, 403):
         hint = "set HF_TOKEN and accept its licence" if address.startswith("hf://") else "it is not public"
-        raise UserError(f"{address}: the server refuses it ({code}); {hint}")
+        raise UserError(f"{shown(address)}: the server refuses it ({code}); {hint}")
     if code not in (200, 206):
-        raise UserError(f"{address}: the server answered {code}; check the address")
+        raise UserError(f"{shown(address)}: the server answered {code}; check the address")
     if source.url == DRIVE and answer.headers.get("Content-Type", "").startswith("text/html"):
         raise UserError(
-            f"{address}: Google Drive sent a page instead of the file: not shared with everyone, or its daily quota "
+            f"{shown(address)}: Google Drive sent a page instead of the file: not shared with everyone, or its daily quota "
             "is used up; fetch it in a browser"
         )
 
 
-def _receive(answer: Any, partial: Path, start: int, total: int | None) -> None:
+def _receive(answer: Any, partial: Path, start: int, total: int | None) -> int:
+    """Append what comes; the size then."""
     label = partial.name.removeprefix(".").removesuffix(".part")[:24]
     size = max(1, round((total or 0) / MEGABYTE))
     with open(partial, "ab" if start else "wb") as handle, Progress(size, label, "MB") as progress:
@@ -185,6 +224,7 @@ def _receive(answer: Any, partial: Path, start: int, total: int | None) -> None:
                 raise
             before, done = done, done + len(block)
             progress.update(round(done / MEGABYTE) - round(before / MEGABYTE))
+    return done
 
 
 # ---- what is known of a download that was begun ---------------------------------------------------------------------
@@ -198,14 +238,14 @@ def _remember(partial: Path, address: str, headers: Any) -> None:
     """Which version of the file the coming bytes belong to. Weak ETags do not promise equal bytes."""
     etag = headers.get("ETag", "")
     version = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified", "")
-    _note(partial).write_text(json.dumps({"address": address, "version": version}), encoding="utf-8")
+    _note(partial).write_text(json.dumps({"address": digest(address), "version": version}), encoding="utf-8")
 
 
 def _begun(partial: Path, address: str) -> dict[str, Any]:
     """Bytes that are there, and of which version; none when they cannot be trusted."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         note = json.loads(_note(partial).read_text(encoding="utf-8"))
-        if note["address"] == address and note["version"]:
+        if note["address"] == digest(address) and note["version"]:
             return {"bytes": partial.stat().st_size, "version": note["version"]}
     return {"bytes": 0, "version": ""}
 

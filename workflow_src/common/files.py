@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def copy_file(source: str | Path, target: str | Path) -> None:
+    """Copy a file's content atomically; nothing happens when both are the same file."""
+    if Path(source).resolve() != Path(target).resolve():
+        with atomic_path(target) as temporary:
+            shutil.copyfile(source, temporary)
 
 
 def create_array(path: str | Path, shape: tuple[int, ...], dtype: type) -> np.memmap:

@@ -39,7 +39,8 @@ class OwnFrames:
     """Own rollouts of `episodes` episodes of `length` frames. `read(episode, frames, mirrored)` gives recorded clips.
 
     A refresh belongs to the step it is made at, a multiple of `every` from `begin` on: until the next one its rollouts are
-    in use. They begin in the midst of episodes, behind as many recorded frames as the sampler's window takes.
+    in use. They begin in the midst of episodes, behind as many recorded frames as the sampler's window takes. Their first frame
+    is the recorded one, rounded to float16; shown as context it is not learned from, like the others.
     """
 
     def __init__(self, card: Card, config: WorldModel, read: Read, episodes: int, length: int, seed: int,
@@ -89,6 +90,7 @@ class OwnFrames:
         path = self.folder / f"own_frames_{self.digest[:12]}_{refresh:09d}.npy"
         if refresh == step:
             self._roll_out(path, step, ema)
+            self._tidy(step)
         try:
             self.rolled = np.load(path, mmap_mode="r")
         except (OSError, ValueError) as error:
@@ -118,6 +120,17 @@ class OwnFrames:
             partial.replace(path)
         self.processes.barrier()
 
+    def _tidy(self, step: int) -> None:
+        """Remove rollouts of other trainings, and those older than any checkpoint that is kept."""
+        training = self.config.training
+        oldest = step - training.keep * training.checkpoint_every - self.own.every
+        if self.processes.first:
+            for path in self.folder.glob("own_frames_*"):
+                number = path.stem.rpartition("_")[2]
+                mine = path.suffix == ".npy" and path.name.startswith(f"own_frames_{self.digest[:12]}_")
+                if not mine or int(number) < oldest:
+                    path.unlink(missing_ok=True)
+
     def _blocks(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Of the refresh at `step`, per block: frame where its rollouts begin, int64, and whether they are mirrored."""
         count = -(-self.episodes // BLOCK)
@@ -129,7 +142,8 @@ class OwnFrames:
         starts, mirrors = self._blocks(step)
         start, mirrored = starts[episodes[0] // BLOCK], np.full(len(episodes), mirrors[episodes[0] // BLOCK])
         sampler = make_sampler(ema, Objective(self.card.objective), self.card.sampler)
-        opening = max(0, start + 1 - (self.card.sampler.window - 1))  # first of the recorded context frames
+        room = self.card.sampler.window - self.card.sampler.horizon
+        opening = max(0, start + 1 - room)  # first of the recorded context frames
         numbers = np.arange(opening, start + self.own.horizon + 1)
         clean, first, actions = self.read(episodes, np.tile(numbers, (len(episodes), 1)), mirrored)
         context = start + 1 - opening

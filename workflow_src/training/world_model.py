@@ -176,7 +176,8 @@ class DiffusionForcing:
         return choice if self.own is None else self.own.exchange(step, samples, choice)
 
     def describe(self, step: int, samples: np.ndarray) -> dict[str, list]:
-        return {name: value.tolist() for name, value in vars(self.choose(step, samples)).items()}
+        choice = vars(self.choose(step, samples))
+        return {name: value.tolist() for name, value in choice.items() if value is not None}
 
     def __call__(self, network: nn.Module, step: int, samples: np.ndarray) -> dict[str, Tensor]:
         choice = self.choose(step, samples)

@@ -10,7 +10,6 @@ Loading is strict: a missing, extra or misshapen parameter is one readable error
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from workflow_src.common import sections
 from workflow_src.common.config import from_dict, to_dict
 from workflow_src.common.errors import UserError
-from workflow_src.common.files import atomic_path, digest, sha256_file, write_json
+from workflow_src.common.files import atomic_path, copy_file, digest, sha256_file, write_json
 from workflow_src.world_model.diffusion import Objective
 from workflow_src.world_model.network import WorldModelNetwork
 from workflow_src.world_model.sampler import Sampler, make_sampler
@@ -122,8 +121,7 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
     if not files:
         raise UserError(f"{source}: no tokenizer there (config.json and model.safetensors); train or import one first")
     for file in files:
-        with atomic_path(target / file.relative_to(source)) as temporary:
-            shutil.copyfile(file, temporary)
+        copy_file(file, target / file.relative_to(source))
 
 
 def load_artefact(folder: str | Path, device: torch.device | str = "cpu") -> WorldModel:
@@ -143,6 +141,10 @@ def load_artefact(folder: str | Path, device: torch.device | str = "cpu") -> Wor
             f"{folder / 'config.json'}: does not belong to {path.name} beside it; restore it, or make the model again"
         )
     tokenizer = load_tokenizer(folder / "tokenizer", device)
+    if card.tokenizer and card.tokenizer != tokenizer.digest:
+        raise UserError(
+            f"{folder / 'tokenizer'}: is another tokenizer than the model's; make or import the model again"
+        )
     return WorldModel(card, network.to(device).eval(), tokenizer, sha256_file(path)[:16])
 
 

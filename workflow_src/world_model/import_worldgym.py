@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from workflow_src import embodiments
 from workflow_src.common import sections
 from workflow_src.common.errors import UserError, run_cli
 from workflow_src.common.files import sha256_file
@@ -27,10 +29,10 @@ from workflow_src.world_model.tokenizer_sd3 import HUB, write_description
 
 EXAMPLES = """examples:
   python -m workflow_src.world_model.import_worldgym mixed_openx_9robots_20frames_0p1actiondropout_580ksteps.pt \\
-      --out results/worldgym
-  python -m workflow_src.world_model.import_worldgym bridge.pt --out results/bridge --rope pixel --cfg 1
+      --out results/worldgym --vae-revision COMMIT
+  python -m workflow_src.world_model.import_worldgym bridge.pt --out results/bridge --rope pixel --cfg 1 --vae sd3/vae
 """
-WRAPPERS = ("module.", "_orig_mod.", "ema_model.")  # prefixes that DDP, torch.compile and averaging leave
+WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|ema_model)\.)+")  # what DDP, torch.compile and averaging put first
 IMAGE, LATENT = 256, 32  # pixels and latent cells per side of the published models
 CONTEXT = 20  # frames in view
 DROPOUT = 0.1  # of the actions in training: guidance needs it
@@ -71,6 +73,10 @@ def main() -> None:
 
 def import_checkpoint(options: argparse.Namespace) -> Path:
     """Write the artefact that `options` (the command line's) ask for; the path of its weights."""
+    embodiments.get(options.embodiment)
+    for flag, value, divisor in (("--image", options.image, 2 * IMAGE // LATENT), ("--context", options.context, 1)):
+        if value < 1 or value % divisor:
+            raise UserError(f"{flag}: {value} is impossible; it must be a positive multiple of {divisor}")
     weights = read_checkpoint(options.checkpoint)
     rope, cfg = _settings(options)
     card = make_card(weights, options, rope, cfg)
@@ -90,10 +96,16 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
+    except pickle.UnpicklingError as error:
+        # The rest of torch's message says how to load it anyway.
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise UserError(
-            f"{path}: not a checkpoint that can be loaded without running code ({reason}); download it again"
+            f"{path}: loading it would run code ({named[1] if named else 'pickled objects'}); it is not read. "
+            "Ask for a file of plain tensors"
+        ) from error
+    except (RuntimeError, ValueError, EOFError, OSError) as error:
+        raise UserError(
+            f"{path}: not a file that today's torch.save wrote, or cut short; download it again, or save it anew"
         ) from error
     if isinstance(content, Mapping):
         for part in ("ema", "model"):
@@ -102,15 +114,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
                 break
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path}: holds no weights under `ema`, under `model`, or at its top")
-    return {_plain(name): value for name, value in content.items()}
-
-
-def _plain(name: str) -> str:
-    """`name` without what wrappers put before it."""
-    for prefix in WRAPPERS:
-        while name.startswith(prefix):
-            name = name.removeprefix(prefix)
-    return name
+    return {WRAPPERS.sub("", name): value for name, value in content.items()}
 
 
 def _settings(options: argparse.Namespace) -> tuple[str, float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from workflow_src import embodiments
+from workflow_src.common.compute import configure_torch
 from workflow_src.common.errors import UserError, run_cli
 from workflow_src.common.files import atomic_path
 from workflow_src.common.process import die_with_parent
@@ -43,7 +44,7 @@ def main() -> None:
     if options.steps < 1:
         raise UserError(f"--steps: {options.steps} is impossible; it must be at least 1")
     die_with_parent()
-    model = load_artefact(options.world_model)
+    model = load_artefact(options.world_model, configure_torch())
     sweeps = sweep_actions(embodiments.get(model.card.embodiment), options.steps)
     frames = imagine(model, read_frame(options.frame, model.card.image), sweeps, options.seed)
     scale = max(1, PLAYED // model.card.image[1])

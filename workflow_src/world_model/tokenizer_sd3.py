@@ -14,7 +14,6 @@ has to be accepted there; a local folder is copied, so that the artefact is whol
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +22,13 @@ from torch import Tensor
 
 from workflow_src.common.compute import autocast
 from workflow_src.common.errors import UserError
-from workflow_src.common.files import digest, sha256_file, write_json
+from workflow_src.common.files import copy_file, digest, sha256_file, write_json
 from workflow_src.world_model.tokenizer import to_pixels, to_signal
 
 KIND = "sd3"
 FORMAT = "rehearsal-sd3-tokenizer-1"
 HUB = "stabilityai/stable-diffusion-3-medium-diffusers"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+FILES = ("config.json", "diffusion_pytorch_model.safetensors")  # of an autoencoder
 COPY = "vae"  # folder of a copied autoencoder inside the tokenizer's
 SLICE = 16  # images per forward pass: 256x256 pixels take about 1 GB
 
@@ -86,18 +85,27 @@ def write_description(folder: str | Path, source: str, subfolder: str = "", revi
     """
     folder, local = Path(folder), Path(source) / subfolder
     if local.is_dir():
-        for name in ("config.json", WEIGHTS):
+        for name in FILES:
             if not (local / name).is_file():
                 raise UserError(f"{local / name}: no such file; give a folder of diffusers' AutoencoderKL")
-        shutil.copytree(local, folder / COPY, dirs_exist_ok=True)
-        source, subfolder, revision = COPY, "", sha256_file(folder / COPY / WEIGHTS)
+            copy_file(local / name, folder / COPY / name)
+        source, subfolder, revision = COPY, "", _content(folder / COPY)
     elif source.startswith((".", "/", "~")):
         raise UserError(f"{source}: no such folder; give a folder of diffusers' AutoencoderKL or a hub repository")
+    elif not revision:
+        raise UserError(
+            f"--vae-revision: needed with the hub repository {source}, so that the same weights are meant later: a commit"
+        )
     write_json(folder / "config.json", {
         "format": FORMAT, "tokenizer": {"kind": KIND}, "source": source, "subfolder": subfolder, "revision": revision,
         "latents": "mode of the posterior times scaling_factor; shift_factor not applied",
     })  # fmt: skip
     return digest([KIND, source, subfolder, revision])
+
+
+def _content(folder: Path) -> str:
+    """Digest of a copied autoencoder."""
+    return digest([sha256_file(folder / name) for name in FILES])
 
 
 def load_sd3_tokenizer(folder: str | Path, device: torch.device | str = "cpu") -> StableDiffusionTokenizer:
@@ -108,6 +116,8 @@ def load_sd3_tokenizer(folder: str | Path, device: torch.device | str = "cpu") -
         if description["format"] != FORMAT:
             raise ValueError(f"format {description['format']!r} is not {FORMAT!r}")
         source, subfolder, revision = (description[name] for name in ("source", "subfolder", "revision"))
+        if source == COPY and _content(Path(folder) / COPY) != revision:
+            raise ValueError(f"{COPY}/ is not what was copied there")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: not a usable tokenizer description ({error}); import the checkpoint again") from error
     try:
