@@ -111,8 +111,10 @@ class EpisodeStore:
         """
         if self.table.empty:
             raise UserError(f"{self.root}: holds no episode")
+        # One after the other: npz headers are parsed by `ast`, which is not safe in threads before Python 3.11.8
+        # (gh-106905, "AST constructor recursion depth mismatch").
+        arrays = [self.arrays(i) for i in range(len(self))]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            arrays = list(pool.map(self.arrays, range(len(self))))
             images = self._images(pool)
         stacked = {name: self._stack([a.get(name) for a in arrays], name) for name in ARRAYS}
         return Arrays(images=images, table=self.table, **stacked)
