@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.worlds import FACTORISED, FLOW, JOINT, make_network
 from workflow_src.common import sections
 from workflow_src.common.errors import UserError
-from workflow_src.world_model import environment, tokenizer
+from workflow_src.world_model import artefact, environment
 from workflow_src.world_model.artefact import Card, WorldModel, identity, load_artefact, read_card, save_artefact
 
 torch.set_num_threads(1)
@@ -161,7 +161,7 @@ def folder(tmp_path, monkeypatch):
     source.mkdir()
     (source / "config.json").write_text("{}")
     save_file({"a": torch.zeros(1)}, source / "model.safetensors")
-    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda folder, device="cpu": Average())
+    monkeypatch.setattr(artefact, "load_tokenizer", lambda folder, device="cpu": Average())
     save_artefact(tmp_path / "world", make_network(JOINT, 4), CARD, source)
     return tmp_path / "world"
 

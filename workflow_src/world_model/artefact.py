@@ -13,9 +13,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,6 +27,7 @@ from workflow_src.common.files import atomic_path, copy_file, digest, sha256_fil
 from workflow_src.world_model.diffusion import Objective
 from workflow_src.world_model.network import WorldModelNetwork
 from workflow_src.world_model.sampler import Sampler, make_sampler
+from workflow_src.world_model.tokenizer import ImageTokenizer, load_tokenizer
 
 FORMAT = "rehearsal-world-model-1"
 SHOWN = 5  # names listed in an error before it says how many more
@@ -63,18 +63,10 @@ def identity(content: Mapping[str, Any]) -> str:
     return digest({key: value for key, value in content.items() if key not in ("sampler", "provenance", "format")})
 
 
-class Tokenizer(Protocol):
-    """Images uint8 (N, H, W, 3) to raw latents float32 (N, h, w, C), and back; numpy in, numpy out."""
-
-    def encode(self, images: np.ndarray) -> np.ndarray: ...
-
-    def decode(self, latents: np.ndarray) -> np.ndarray: ...
-
-
 class WorldModel:
     """A loaded artefact: `card`, `network`, `objective`, `tokenizer`, and `digest` of the weights."""
 
-    def __init__(self, card: Card, network: WorldModelNetwork, tokenizer: Tokenizer, weights_digest: str) -> None:
+    def __init__(self, card: Card, network: WorldModelNetwork, tokenizer: ImageTokenizer, weights_digest: str) -> None:
         self.card, self.network, self.tokenizer, self.digest = card, network, tokenizer, weights_digest
         self.objective = Objective(card.objective)
         device = next(network.parameters()).device
@@ -126,8 +118,6 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 def load_artefact(folder: str | Path, device: torch.device | str = "cpu") -> WorldModel:
     """Load `folder` (or its `model.safetensors`) for generation. Raises UserError: what is wrong with which file."""
-    from workflow_src.world_model.tokenizer import load_tokenizer
-
     folder = Path(folder)
     folder = folder.parent if folder.suffix == ".safetensors" else folder
     content = _read_content(folder)

@@ -1,12 +1,10 @@
-"""The convolutional tokenizer: images to a small latent grid and back.
+"""Tokenizers: images to a small latent grid and back. What they all share, and the convolutional one.
 
     tokenizer = load_tokenizer("results/tokenizer")
     latents = tokenizer.encode(images)    # uint8 (N, H, W, 3) -> float32 (N, H/8, W/8, C)
     images = tokenizer.decode(latents)    # and back, uint8
 
-A deterministic autoencoder. All work happens on the H/4 grid and below, which a pixel shuffle reaches in one move:
-little memory traffic, so it trains fast on a CPU. Latents are raw; their mean and deviation per channel are kept
-with the latent cache and the world model.
+Latents are raw; their mean and deviation per channel are kept with the latent cache and the world model.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,12 +26,63 @@ from workflow_src.common.config import from_dict
 from workflow_src.common.errors import UserError
 from workflow_src.common.files import digest, sha256_file
 
-if TYPE_CHECKING:
-    from workflow_src.world_model.artefact import Tokenizer
-
 STEM = 4  # the first pixel shuffle; the rest of the down-sampling follows in steps of two
-SLICE = 256  # images per forward pass of `encode` and `decode`: bounds the memory
 FORMAT = "rehearsal-conv-tokenizer-1"
+
+
+class ImageTokenizer:
+    """Numpy in, numpy out, in slices that bound the memory.
+
+    A tokenizer says how many pixels a latent cell is wide (`downsample`), its `channels`, how many images it takes at once
+    (`at_once`) and on which `device`, and turns tensors into each other in `_encode` and `_decode`. `digest` identifies its
+    weights; it is empty until they are loaded.
+    """
+
+    downsample: int
+    channels: int
+    at_once: int
+    device: torch.device
+    digest = ""
+
+    def shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Latent shape (h, w, C) of images of this size. Raises UserError for a size that does not fit."""
+        if height % self.downsample or width % self.downsample:
+            raise UserError(
+                f"images of {height}x{width} pixels: the tokenizer needs sides divisible by {self.downsample} "
+                "(lab.image_size)"
+            )
+        return height // self.downsample, width // self.downsample, self.channels
+
+    @torch.inference_mode()
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """uint8 (N, H, W, 3) -> float32 (N, h, w, C), raw."""
+        latents = np.empty((len(images), *self.shape(*images.shape[1:3])), np.float32)
+        for start in range(0, len(images), self.at_once):
+            part = torch.as_tensor(np.ascontiguousarray(images[start : start + self.at_once]), device=self.device)
+            with autocast(self.device):
+                code = self._encode(to_signal(part))
+            latents[start : start + self.at_once] = code.float().permute(0, 2, 3, 1).cpu().numpy()
+        return latents
+
+    @torch.inference_mode()
+    def decode(self, latents: np.ndarray | Tensor) -> np.ndarray:
+        """float (N, h, w, C), raw -> uint8 (N, H, W, 3)."""
+        height, width = (side * self.downsample for side in latents.shape[1:3])
+        images = np.empty((len(latents), height, width, 3), np.uint8)
+        for start in range(0, len(latents), self.at_once):
+            part = torch.as_tensor(latents[start : start + self.at_once], dtype=torch.float32, device=self.device)
+            with autocast(self.device):
+                signal = self._decode(part.permute(0, 3, 1, 2))
+            images[start : start + self.at_once] = to_pixels(signal)
+        return images
+
+    def _encode(self, signal: Tensor) -> Tensor:
+        """(N, 3, H, W) in [-1, 1] -> (N, C, h, w)."""
+        raise NotImplementedError
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """(N, C, h, w) -> (N, 3, H, W), about [-1, 1]."""
+        raise NotImplementedError
 
 
 class Residual(nn.Module):
@@ -53,17 +101,20 @@ class Residual(nn.Module):
         return x + self.mix(F.silu(self.spatial(F.silu(self.norm(x)))))
 
 
-class ConvTokenizer(nn.Module):
-    """The autoencoder. `encode` and `decode` speak numpy; `encoder` and `decoder` work on images (N, 3, H, W) in
-    [-1, 1] and latents (N, C, h, w). `digest` identifies trained weights; it is empty until they are loaded."""
+class ConvTokenizer(nn.Module, ImageTokenizer):
+    """A deterministic autoencoder: `encoder` and `decoder` work on images (N, 3, H, W) in [-1, 1] and latents (N, C, h, w).
 
-    digest = ""
+    All work happens on the H/4 grid and below, which a pixel shuffle reaches in one move: little memory traffic, so it
+    trains fast on a CPU.
+    """
+
+    at_once = 256
 
     def __init__(self, config: sections.Tokenizer) -> None:
         super().__init__()
         if config.downsample < 2 * STEM or config.downsample & (config.downsample - 1):
             raise UserError(f"tokenizer.downsample: {config.downsample} must be a power of two, at least {2 * STEM}")
-        self.config = config
+        self.config, self.downsample, self.channels = config, config.downsample, config.channels
         fine, coarse = 3 * config.width, 4 * config.width
         levels = (config.downsample // STEM).bit_length() - 1
         widths = [fine] + [coarse] * levels
@@ -92,37 +143,11 @@ class ConvTokenizer(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Latent shape (h, w, C) of images of this size. Raises UserError for a size that does not fit."""
-        if height % self.config.downsample or width % self.config.downsample:
-            raise UserError(
-                f"images of {height}x{width} pixels: the tokenizer needs sides divisible by {self.config.downsample} "
-                "(lab.image_size, tokenizer.downsample)"
-            )
-        return height // self.config.downsample, width // self.config.downsample, self.config.channels
+    def _encode(self, signal: Tensor) -> Tensor:
+        return self.encoder(signal)
 
-    @torch.inference_mode()
-    def encode(self, images: np.ndarray) -> np.ndarray:
-        """uint8 (N, H, W, 3) -> float32 (N, h, w, C), raw."""
-        latents = np.empty((len(images), *self.shape(*images.shape[1:3])), np.float32)
-        for start in range(0, len(images), SLICE):
-            part = torch.as_tensor(np.ascontiguousarray(images[start : start + SLICE]), device=self.device)
-            with autocast(self.device):
-                code = self.encoder(to_signal(part))
-            latents[start : start + SLICE] = code.float().permute(0, 2, 3, 1).cpu().numpy()
-        return latents
-
-    @torch.inference_mode()
-    def decode(self, latents: np.ndarray | Tensor) -> np.ndarray:
-        """float (N, h, w, C), raw -> uint8 (N, H, W, 3)."""
-        height, width = (side * self.config.downsample for side in latents.shape[1:3])
-        images = np.empty((len(latents), height, width, 3), np.uint8)
-        for start in range(0, len(latents), SLICE):
-            part = torch.as_tensor(latents[start : start + SLICE], dtype=torch.float32, device=self.device)
-            with autocast(self.device):
-                signal = self.decoder(part.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last))
-            images[start : start + SLICE] = to_pixels(signal)
-        return images
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.decoder(latents.contiguous(memory_format=torch.channels_last))
 
 
 def to_signal(images: Tensor) -> Tensor:
@@ -136,7 +161,7 @@ def to_pixels(signal: Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def load_tokenizer(folder: str | Path, device: torch.device | str = "cpu") -> Tokenizer:
+def load_tokenizer(folder: str | Path, device: torch.device | str = "cpu") -> ImageTokenizer:
     """Read a tokenizer folder (`config.json` and what its kind needs). Raises UserError naming the broken file."""
     folder = Path(folder)
     try:
