@@ -31,6 +31,7 @@ from workflow_src.training import replay
 from workflow_src.training import world_model as training
 from workflow_src.training.engine import Engine
 from workflow_src.world_model.artefact import WorldModel, build_network
+from workflow_src.world_model.environment import imagine
 from workflow_src.world_model.tokenizer import load_tokenizer
 
 HORIZONS = (1, 2, 4, 8, 12, 18)
@@ -70,7 +71,7 @@ def measure(results: Path, name: str, changes: str, steps: int, policies: bool) 
     seconds = time.process_time() - began
     model = WorldModel(card, network, load_tokenizer(results / "tokenizer"), "")
     held_out = EpisodeStore(data / "validation").load_all()
-    imagined = replay.replay(model, held_out.images[:, 0], held_out.actions, seed=1)
+    imagined = imagine(model, held_out.images[:, 0], held_out.actions, 1, range(len(held_out.images)))
     fidelity = replay.psnr(imagined, held_out.images[:, 1:]).mean(0)
     row: dict[str, object] = {"variant": name, "changes": changes, "steps": stage.world_model.training.steps,
                               "ms_per_step": round(1000 * seconds / stage.world_model.training.steps)}  # fmt: skip

@@ -32,7 +32,7 @@ def test_each_sweep_moves_one_axis_and_the_last_moves_none():
 def test_sweeps_start_from_the_frame_share_their_noise_and_follow_their_actions():
     frame = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
     sweeps = sweep.sweep_actions(ROBOT, 4)
-    frames = sweep.imagine(world(), frame, sweeps | {"again": sweeps["x_plus"]}, seed=3)
+    frames = sweep.roll_out(world(), frame, sweeps | {"again": sweeps["x_plus"]}, seed=3)
     assert all(video.shape == (5, SIDE, SIDE, 3) and (video[0] == frame).all() for video in frames.values())
     assert (frames["x_plus"] == frames["again"]).all()
     assert (frames["x_plus"][1:] != frames["x_minus"][1:]).any()

@@ -111,6 +111,13 @@ def test_actions_steer():
     assert np.array_equal(frames[0, 1:], frames[2, 1:]) and not np.array_equal(frames[0, 1], frames[1, 1])
 
 
+def test_imagining_is_stepping_through_an_environment():
+    given, actions = trials(), np.random.default_rng(2).uniform(-0.05, 0.05, (PLACES, 3, 7)).astype(np.float32)
+    frames = environment.imagine(world(), np.stack([t["image"] for t in given]), actions, 4, range(PLACES))
+    stepped = roll(make(seed=4), list(range(PLACES)), given, 3, actions.swapaxes(0, 1))
+    assert np.array_equal(frames, stepped[:, 1:])
+
+
 def test_chunks():
     chunky = world(replace(CARD, sampler=replace(CARD.sampler, horizon=2)))
     env, given = make(chunky, horizon=4), trials()

@@ -22,7 +22,7 @@ from workflow_src.common.video import write_gif
 from workflow_src.episodes.latents import Latents
 from workflow_src.episodes.store import Arrays
 from workflow_src.world_model.artefact import Card, WorldModel
-from workflow_src.world_model.environment import WorldModelEnv
+from workflow_src.world_model.environment import imagine
 from workflow_src.world_model.tokenizer import load_tokenizer
 
 EPISODES = 64  # held-out episodes replayed at most
@@ -42,7 +42,7 @@ def validate(
     # Half way around: with tasks and behaviours in random order, another episode altogether.
     shuffled = np.roll(recorded, max(1, count // 2), axis=0)
     still = np.concatenate([np.zeros_like(recorded[..., :6]), recorded[..., 6:]], -1)
-    imagined = {name: replay(model, truth[:, 0], actions, seed)
+    imagined = {name: imagine(model, truth[:, 0], actions, seed, range(count))
                 for name, actions in (("", recorded), ("_shuffled", shuffled), ("_still", still))}  # fmt: skip
     imagined["_frozen"] = truth[:, :1].repeat(truth.shape[1] - 1, axis=1)
     flat = np.asarray(latents.plain[:count, 1:], np.float32)
@@ -58,15 +58,6 @@ def validate(
         f"(frozen frame {last['psnr_frozen']:.1f}, other actions {last['psnr_shuffled']:.1f})"
     )
     return rows
-
-
-def replay(model: WorldModel, first: np.ndarray, actions: np.ndarray, seed: int) -> np.ndarray:
-    """Imagine from `first` uint8 (N, H, W, 3) under metric `actions (N, T, 7)`: frames uint8 (N, T, H, W, 3)."""
-    world = WorldModelEnv(len(first), model, seed=seed, horizon=actions.shape[1])
-    world.reset(seed=list(range(len(first))), options={"trials": [{"image": image} for image in first]})
-    frames = [world.step(actions[:, step])[0]["image"] for step in range(actions.shape[1])]
-    world.close()
-    return np.stack(frames, axis=1)
 
 
 def compare(truth: np.ndarray, imagined: dict[str, np.ndarray]) -> list[dict[str, float]]:

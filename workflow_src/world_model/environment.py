@@ -155,4 +155,16 @@ class WorldModelEnv(VectorEnv):
         return image
 
 
+def imagine(model: WorldModel, first: np.ndarray, actions: np.ndarray, seed: int, trials: Sequence[int]) -> np.ndarray:
+    """Roll `actions (N, T, 7)`, metric, out from frames `first` uint8 (N, H, W, 3): frames uint8 (N, T, H, W, 3).
+
+    `seed`: of the world; `trials`: the seed of each trial, which with equal ones share their noise.
+    """
+    world = WorldModelEnv(len(first), model, seed=seed, horizon=actions.shape[1])
+    world.reset(seed=list(trials), options={"trials": [{"image": image} for image in first]})
+    frames = [world.step(actions[:, step])[0]["image"] for step in range(actions.shape[1])]
+    world.close()
+    return np.stack(frames, axis=1)
+
+
 gymnasium.register(id="WorldModel-v0", vector_entry_point="workflow_src.world_model.environment:WorldModelEnv")

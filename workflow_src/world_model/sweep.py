@@ -17,7 +17,7 @@ from workflow_src.common.files import atomic_path
 from workflow_src.common.process import die_with_parent
 from workflow_src.common.video import write_gif
 from workflow_src.world_model.artefact import load_artefact
-from workflow_src.world_model.environment import ACTION, WorldModelEnv
+from workflow_src.world_model.environment import ACTION, imagine
 
 EXAMPLES = """examples:
   python -m workflow_src.world_model.sweep --world-model results/world_model \\
@@ -46,7 +46,7 @@ def main() -> None:
     die_with_parent()
     model = load_artefact(options.world_model, configure_torch())
     sweeps = sweep_actions(embodiments.get(model.card.embodiment), options.steps)
-    frames = imagine(model, read_frame(options.frame, model.card.image), sweeps, options.seed)
+    frames = roll_out(model, read_frame(options.frame, model.card.image), sweeps, options.seed)
     scale = max(1, PLAYED // model.card.image[1])
     for name, video in frames.items():
         write_gif(options.out.with_name(f"sweep_{name}.gif"), video, model.card.control_hz, scale)
@@ -86,15 +86,11 @@ def read_frame(path: Path, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(image)
 
 
-def imagine(model, frame: np.ndarray, sweeps: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+def roll_out(model, frame: np.ndarray, sweeps: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
     """Frames uint8 (steps + 1, H, W, 3) of every sweep, the given one first. All sweeps share their noise."""
-    actions = np.stack(list(sweeps.values()))
-    world = WorldModelEnv(len(sweeps), model, seed=seed, horizon=actions.shape[1])
-    world.reset(seed=seed, options={"trials": [{"image": frame, "trial_id": name} for name in sweeps]})
-    shown = [np.repeat(frame[None], len(sweeps), 0)]
-    shown += [world.step(actions[:, step])[0]["image"] for step in range(actions.shape[1])]
-    world.close()
-    return dict(zip(sweeps, np.stack(shown, 1)))
+    first = np.repeat(frame[None], len(sweeps), 0)
+    frames = imagine(model, first, np.stack(list(sweeps.values())), seed, [seed] * len(sweeps))
+    return dict(zip(sweeps, np.concatenate([first[:, None], frames], 1)))
 
 
 def draw(path: Path, frames: dict[str, np.ndarray]) -> None:
