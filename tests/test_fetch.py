@@ -1,14 +1,13 @@
 """Downloads against a real server on loopback that cuts, changes and refuses."""
 
 import hashlib
-import http.server
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
 
+from tests.loopback import ranges, serving
 from workflow_src.common import fetch as fetching
 from workflow_src.common.errors import UserError
 from workflow_src.common.fetch import fetch, resolve
@@ -17,61 +16,15 @@ CONTENT = np.random.default_rng(0).bytes(3_300_000)
 SHA = hashlib.sha256(CONTENT).hexdigest()
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `content`; each entry of `faults` is spent on one request: a status, or the bytes after which it hangs up."""
-
-    def do_GET(self):
-        server = self.server
-        server.seen.append((self.path, dict(self.headers)))
-        fault = server.faults.pop(0) if server.faults else None
-        if isinstance(fault, str):
-            self.send_response(302)
-            self.send_header("Location", fault)
-            return self.end_headers()
-        if isinstance(fault, int) and fault < 600:
-            self.send_response(fault)
-            return self.end_headers()
-        content, start = server.content, 0
-        asked = self.headers.get("Range")
-        if asked and self.headers.get("If-Range") == server.etag:
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
-            if start >= len(content):
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(content)}")
-                self.send_header("Content-Length", "0")
-                return self.end_headers()
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start + server.shift}-{len(content) - 1}/{len(content)}")
-        if server.etag:
-            self.send_header("ETag", server.etag)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        self.wfile.write(content[start : fault or None])
-        return None
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def server():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    server.content, server.etag, server.faults, server.seen, server.shift = CONTENT, '"v1"', [], [], 0
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    server.url = f"http://127.0.0.1:{server.server_port}/file.bin"
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(CONTENT) as server:
+        yield server
 
 
 def whole_blocks(count):
     """Bytes that are kept when a connection ends after `count`."""
     return count // fetching.BLOCK * fetching.BLOCK
-
-
-def ranges(server):
-    return [headers.get("Range") for _, headers in server.seen]
 
 
 def test_a_file_arrives_whole_and_is_not_fetched_twice(server, tmp_path):
@@ -158,7 +111,7 @@ def test_hub_addresses_carry_the_token_to_the_hub_alone(server, tmp_path, monkey
     first, second = (headers for _, headers in server.seen)
     assert first["Authorization"] == "Bearer secret-token" and "Authorization" not in second
     server.faults = [401]
-    with pytest.raises(UserError, match="set HF_TOKEN and accept its licence") as refused:
+    with pytest.raises(UserError, match="HF_TOKEN is not a valid token") as refused:
         fetch("hf://owner/name/file.bin", tmp_path / "other.bin")
     assert "secret" not in str(refused.value)
 

@@ -38,11 +38,15 @@ RETRIED = {408, 425, 429, 500, 502, 503, 504}
 
 @dataclass(frozen=True)
 class Source:
-    """Where a file really is: `url`, the query's `parameters`, and `headers` for that host alone."""
+    """Where a file really is: `url`, the query's `parameters`, and `headers` for that host alone.
+
+    `page`: where its licence can be accepted, for files on the Hugging Face hub.
+    """
 
     url: str
     parameters: dict[str, str] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict, repr=False)
+    page: str = ""
 
 
 class _Again(Exception):
@@ -76,7 +80,7 @@ def resolve(address: str) -> Source:
         repository, revision, path = found.groups()
         token = os.environ.get("HF_TOKEN", "")
         hub = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
-        return Source(f"{hub}/{repository}/resolve/{revision or 'main'}/{path}",
+        return Source(f"{hub}/{repository}/resolve/{revision or 'main'}/{path}", page=f"{HUB}/{repository}",
                       headers={"Authorization": f"Bearer {token}"} if token else {})  # fmt: skip
     if re.match(r"https?://drive\.google\.com/", address):
         found = re.search(r"/file/d/([\w-]+)|[?&]id=([\w-]+)", address)
@@ -197,8 +201,7 @@ def _check(answer: Any, source: Source, address: str) -> None:
     if code in RETRIED:
         raise _Again(f"the server answered {code}")
     if code in (401, 403):
-        hint = "set HF_TOKEN and accept its licence" if address.startswith("hf://") else "it is not public"
-        raise UserError(f"{shown(address)}: the server refuses it ({code}); {hint}")
+        raise UserError(f"{shown(address)}: the server refuses it ({code}); {_remedy(code, source)}")
     if code not in (200, 206):
         raise UserError(f"{shown(address)}: the server answered {code}; check the address")
     if source.url == DRIVE and answer.headers.get("Content-Type", "").startswith("text/html"):
@@ -206,6 +209,17 @@ def _check(answer: Any, source: Source, address: str) -> None:
             f"{shown(address)}: Google Drive sent a page instead of the file: not shared with everyone, or its daily quota "
             "is used up; fetch it in a browser"
         )
+
+
+def _remedy(code: int, source: Source) -> str:
+    """What helps against a refusal. The hub answers 401 without a good token, 403 where the account has no access."""
+    if not source.page:
+        return "it is not public"
+    if not source.headers:
+        return f"accept its licence at {source.page}, and set HF_TOKEN to a token of that account"
+    if code == 403:
+        return f"the account of HF_TOKEN has to accept its licence at {source.page}, or its token may not read it"
+    return f"HF_TOKEN is not a valid token, or there is no {source.page}"
 
 
 def _receive(answer: Any, partial: Path, start: int, total: int | None) -> int:
