@@ -1,7 +1,7 @@
 # Rehearsal: rank robot policies by rehearsing them inside a learned world model.
 #
 #   snakemake --cores all --use-conda results/tables/policy_ranking.csv
-#   snakemake --cores all --configfile config/tabletop_full.yaml
+#   snakemake --cores all --configfile config/worldgym.yaml results/worldgym/figures/sweeps/sheet.png
 #
 # This file is the table of contents; each stage's rules, inputs and outputs are described in rules/<stage>.smk.
 import sys
@@ -20,7 +20,7 @@ from workflow_src.workflow import (
 )
 
 # A configuration file given on the command line replaces the default one as a whole, so that policies can be left out.
-if "policies" not in config:
+if not workflow.overwrite_configfiles:
 
     configfile: f"{workflow.basedir}/config/config.yaml"
 
@@ -39,7 +39,7 @@ wildcard_constraints:
     dataset=any_of([flow.config.episodes.dataset]),
     split=any_of(flow.config.episodes.splits),
     network=any_of(flow.config.behaviour_cloning) or "none",
-    policy=any_of(flow.config.policies),
+    policy=any_of(flow.config.policies) or "none",
     world=any_of(WORLDS),
     shard=r"\d+",
 
@@ -55,6 +55,7 @@ rule all:
 
 include: "rules/episodes.smk"
 include: "rules/world_model.smk"
+include: "rules/published.smk"
 include: "rules/policies.smk"
 include: "rules/rollouts.smk"
 include: "rules/judgements.smk"

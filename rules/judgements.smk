@@ -12,7 +12,7 @@ rule train_judge:
     input:
         config=flow.stage("judges"),
         episodes=f"{flow.episodes}/judge/episodes.parquet",
-        tokenizer=f"{results}/tokenizer/model.safetensors",
+        tokenizer=flow.tokenizer,
     output:
         f"{results}/judge/model.safetensors",
     log:

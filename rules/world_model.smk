@@ -35,7 +35,7 @@ rule cache_latents:
     input:
         config=flow.stage("latents"),
         episodes=f"{flow.episodes}/{{split}}/episodes.parquet",
-        tokenizer=f"{results}/tokenizer/model.safetensors",
+        tokenizer=flow.tokenizer,
     output:
         f"{results}/latents/{{split}}/latents.json",
     log:
@@ -59,7 +59,7 @@ rule train_world_model:
         episodes=f"{flow.episodes}/train/episodes.parquet",
         validation=f"{results}/latents/validation/latents.json",
         validation_episodes=f"{flow.episodes}/validation/episodes.parquet",
-        tokenizer=f"{results}/tokenizer/model.safetensors",
+        tokenizer=flow.tokenizer,
     output:
         f"{results}/world_model/model.safetensors",
     log:
@@ -98,7 +98,7 @@ rule sweep_world_model:
         "../envs/base.yaml"
     params:
         world_model=f"{results}/world_model",
-        frame=flow.config.trials.root or f"{results}/trials",
+        trials=f"{results}/trials",
     shell:
-        "python -m workflow_src.world_model.sweep --world-model {params.world_model} --frame {params.frame}"
+        "python -m workflow_src.world_model.sweep --world-model {params.world_model} --frame {params.trials}"
         " --out {output} 2>&1 | tee {log}"

@@ -10,40 +10,19 @@ import pytest
 import torch
 
 from tests import parity
+from tests.published import make_vae, weights, write
 from workflow_src.common.errors import UserError
 from workflow_src.world_model import import_worldgym
 from workflow_src.world_model.artefact import load_artefact, save_artefact
 from workflow_src.world_model.environment import WorldModelEnv
-from workflow_src.world_model.tokenizer import load_tokenizer
-from workflow_src.world_model.tokenizer_sd3 import write_description
+from workflow_src.world_model.tokenizer_sd3 import make_tokenizer
 
 PUBLISHED = "mixed_openx_9robots_20frames_0p1actiondropout_580ksteps.pt"
 
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-    """A Stable Diffusion 3 autoencoder in small, with random weights: three halvings, 16 channels, a scale and a shift."""
-    diffusers = pytest.importorskip("diffusers")
-    folder = tmp_path_factory.mktemp("vae")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = diffusers.AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2, latent_channels=16,
-            scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
-        )  # fmt: skip
-    model.save_pretrained(folder)
-    return folder
-
-
-def weights(name):
-    arrays, meta, _ = parity.load(name)
-    return {key[3:]: value.clone() for key, value in arrays.items() if key.startswith("sd.")}, meta
-
-
-def write(folder, content, name="other.pt"):
-    torch.save(content, folder / name)
-    return folder / name
+    return make_vae(tmp_path_factory.mktemp("vae"))
 
 
 def run(monkeypatch, capsys, checkpoint, out, *options):
@@ -153,49 +132,79 @@ class Malicious:
         return open, ("ran", "w")
 
 
-def test_unknown_names_need_options_and_wrong_folders_are_named(tmp_path, vae, monkeypatch, capsys):
-    path = write(tmp_path, weights("dit_standard_rope")[0])
-    code, line = run(monkeypatch, capsys, path, tmp_path / "out", "--cfg", 1)
-    assert code == 2 and "other.pt: not the name of a published file, so --rope is needed" in line
-    for options, message in (
-        (("--embodiment", "widoxw"), "'widoxw' is unknown; did you mean 'widowx'"),
-        (("--image", 100), "--image: 100 is impossible; it must be a positive multiple of 16"),
-        (("--context", 0), "--context: 0 is impossible"),
-        (("--cfg", 1, "--rope", "pixel", "--heads", 2), "--vae-revision: needed with the hub repository"),
-    ):
-        code, line = run(monkeypatch, capsys, path, tmp_path / "out", *options)
-        assert code == 2 and message in line, line
+def test_what_is_not_known_or_impossible_is_one_line(tmp_path, vae, monkeypatch, capsys):
+    path, enough = write(tmp_path, weights("dit_standard_rope")[0]), ("--cfg", 1, "--rope", "pixel", "--heads", 2)
     (tmp_path / "page.pt").write_text("<html>")
-    code, line = run(monkeypatch, capsys, tmp_path / "page.pt", tmp_path / "out")
-    assert code == 2 and "page.pt: not a file that today's torch.save wrote" in line
-    code, line = run(monkeypatch, capsys, path, tmp_path / "out", "--cfg", 1)
-    assert code == 2 and "other.pt: not the name of a published file, so --rope is needed" in line
-    code, line = run(monkeypatch, capsys, tmp_path / "no.pt", tmp_path / "out")
-    assert code == 2 and line == f"error: {tmp_path / 'no.pt'}: no such file"
-    code, line = run(
-        monkeypatch, capsys, path, tmp_path / "out", "--cfg", 1, "--rope", "pixel", "--heads", 2, "--vae", "./x"
-    )
-    assert code == 2 and "./x: no such folder" in line
+    for checkpoint, options, message in (
+        (path, ("--cfg", 1), "other.pt: not the name of a published file, so --rope is needed; known: mixed_openx"),
+        (path, ("--rope", "pixel"), "other.pt: not the name of a published file, so --cfg is needed"),
+        (path, ("--cfg", 1, "--rope", "pixels"), "argument --rope: invalid choice: 'pixels'"),
+        (path, (*enough, "--embodiment", "widoxw"), "'widoxw' is unknown; did you mean 'widowx'"),
+        (path, (*enough, "--image", 100), "image size: 100 is impossible; it must be a positive multiple of 16"),
+        (path, (*enough, "--context", 0), "frames in view: 0 is impossible"),
+        (path, (*enough, "--vae", "./x"), "./x: no such folder"),
+        (path, (*enough, "--vae", "a/b"), "a/b: no such folder; if the hub repository is meant, name its revision"),
+        (tmp_path / "page.pt", enough, "page.pt: not a file that today's torch.save wrote"),
+        (tmp_path / "no.pt", enough, f"error: {tmp_path / 'no.pt'}: no such file"),
+    ):
+        code, line = run(monkeypatch, capsys, checkpoint, tmp_path / "out", *options)
+        assert code == 2 and message in line, line
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_the_autoencoder_scales_and_does_not_shift(vae, tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    identity = write_description(tmp_path, str(vae))
-    tokenizer = load_tokenizer(tmp_path)
-    images = np.random.default_rng(0).integers(0, 256, (18, 32, 48, 3), np.uint8)  # more than one slice
-    latents = tokenizer.encode(images)
-    assert tokenizer.digest == identity and latents.shape == (18, *tokenizer.shape(32, 48)) == (18, 4, 6, 16)
-    model = diffusers.AutoencoderKL.from_pretrained(vae)
-    with torch.inference_mode():
-        signal = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
-        mode = model.encode(signal).latent_dist.mode()
-        decoded = model.decode(mode).sample
-    scale = float(np.abs(latents).max())
-    np.testing.assert_allclose(latents, 1.5305 * mode.permute(0, 2, 3, 1).numpy(), atol=0.02 * scale)
-    pixels = ((decoded + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).numpy()
-    assert np.abs(tokenizer.decode(latents).astype(int) - pixels).mean() < 2
-    with pytest.raises(UserError, match="sides divisible by 8"):
-        tokenizer.encode(images[:, :30])
+# ---- in a workflow ----------------------------------------------------------------------------------------------------
+
+
+def stage(folder, network=None, sha256=""):
+    """The stage file of a workflow that is configured for the small network."""
+    small = {"width": 64, "depth": 2, "heads": 2, "spatial_rope": "standard"}
+    content = {
+        "seed": 0, "lab": {"image_size": 64, "embodiment": "widowx"},
+        "world_model": {"source": {"sha256": sha256}, "network": small | (network or {}),
+                        "sampler": {"window": 6, "guidance": 2.5, "mode": "streaming"}},
+    }  # fmt: skip
+    (folder / "world_model.json").write_text(json.dumps(content))
+    return folder / "world_model.json"
+
+
+def test_a_workflow_says_what_the_weights_do_not(tmp_path, vae, monkeypatch, capsys):
+    path, sha256 = write(tmp_path, {"ema": weights("dit_standard_rope")[0]}), ""
+    for pinned in (False, True):
+        config = stage(tmp_path, sha256=sha256.upper() if pinned else "")
+        assert run(monkeypatch, capsys, path, tmp_path / "out", "--config", config, "--vae", vae)[0] == 0
+        card = load_artefact(tmp_path / "out").card
+        sha256 = card.provenance["sha256"]
+    assert (card.sampler.guidance, card.sampler.window, card.frames, card.sampler.mode) == (2.5, 6, 6, "streaming")
+    assert (card.image, card.latent, card.network.heads, card.alignment) == ((64, 64), (8, 8), 2, "worldgym_train")
+
+
+@pytest.mark.parametrize(
+    ("network", "sha256", "options", "message"),
+    [
+        (
+            {"depth": 16},
+            "",
+            (),
+            r"other\.pt: is not the configured network: world_model\.network\.depth is 16, the weights' 2$",
+        ),
+        (
+            {"mlp_ratio": 2.0},
+            "",
+            (),
+            r"not the configured network: world_model\.network\.mlp_ratio is 2\.0, the weights' 4\.0",
+        ),
+        ({}, "0" * 64, (), r"other\.pt: sha256 is [0-9a-f]{64}, not 0{64} \(world_model\.source\.sha256\)"),
+        ({}, "", ("--rope", "pixel"), r"--rope: stands in .*world_model\.json; leave one of them out"),
+    ],
+    ids=["depth", "mlp", "sha256", "twice"],
+)
+def test_a_checkpoint_that_the_workflow_is_not_configured_for(
+    network, sha256, options, message, tmp_path, vae, monkeypatch, capsys
+):
+    path, config = write(tmp_path, weights("dit_standard_rope")[0]), stage(tmp_path, network, sha256)
+    code, line = run(monkeypatch, capsys, path, tmp_path / "out", "--config", config, "--vae", vae, *options)
+    assert code == 2 and re.search(message, line), line
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_an_imported_model_is_a_world_to_roll_out_in(tmp_path, vae, monkeypatch, capsys):
@@ -221,17 +230,6 @@ def test_an_imported_model_is_a_world_to_roll_out_in(tmp_path, vae, monkeypatch,
     (own / "config.json").write_text(json.dumps(config | {"scaling_factor": 2.0}))
     with pytest.raises(UserError, match="vae/ is not what was copied there"):
         load_artefact(out)
-    write_description(out / "tokenizer", str(own))
+    make_tokenizer(out / "tokenizer", str(own))
     with pytest.raises(UserError, match="is another tokenizer than the model's"):
         load_artefact(out)
-
-
-def test_an_autoencoder_that_is_not_there_is_one_line(tmp_path, monkeypatch):
-    constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # read from the environment at import; no retries then
-    write_description(tmp_path / "tokenizer", "somebody/absent", "vae", "abc")
-    with pytest.raises(UserError, match=r"the autoencoder somebody/absent cannot be loaded .*--vae and a local folder"):
-        load_tokenizer(tmp_path / "tokenizer")
-    (tmp_path / "tokenizer" / "config.json").write_text(json.dumps({"tokenizer": {"kind": "sd3"}, "format": "x"}))
-    with pytest.raises(UserError, match="not a usable tokenizer description"):
-        load_tokenizer(tmp_path / "tokenizer")

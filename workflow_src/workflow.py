@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from workflow_src.common.errors import UserError
 from workflow_src.common.files import write_if_changed
 from workflow_src.common.progress import say
 from workflow_src.common.sections import Config, Policy
+from workflow_src.world_model.published import check as check_published
+from workflow_src.world_model.published import is_address
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLDS = ("lab", "world_model")
@@ -41,6 +44,18 @@ class Workflow:
     def episodes(self) -> str:
         return f"{self.results}/episodes/{self.config.episodes.dataset}"
 
+    @property
+    def tokenizer(self) -> str:
+        """The file that the tokenizer's folder gets last."""
+        last = "config.json" if self.config.tokenizer.kind == "sd3" else "model.safetensors"
+        return f"{self.results}/tokenizer/{last}"
+
+    @property
+    def checkpoint(self) -> str:
+        """The published checkpoint: the file that is configured, or the one that is fetched from the configured address."""
+        source = self.config.world_model.source.checkpoint
+        return f"{self.results}/downloads/checkpoint.pt" if is_address(source) else source
+
     def served(self, policy: str) -> bool:
         """Whether the workflow starts this policy's server itself."""
         return not self.config.policies[policy].endpoint
@@ -50,8 +65,10 @@ class Workflow:
         network = self.config.policies[policy].network
         return [f"{self.results}/policies/{network}/{network}.json"] if network else []
 
-    def per_rollout(self, template: str, world: str | None = None) -> list[str]:
-        """`template` filled for every (world, policy, shard)."""
+    def per_rollout(self, template: str, world: str | None = None) -> list[str] | Callable:
+        """`template` filled for every (world, policy, shard); without policies, what ends Snakemake when it is asked for."""
+        if not self.config.policies:
+            return _nothing_to_rank
         return [
             template.format(results=self.results, world=w, policy=p, shard=s)
             for w in ([world] if world else WORLDS)
@@ -90,6 +107,12 @@ def _stages(config: Config) -> dict[str, dict[str, Any]]:
         },
     }
     plain = to_dict(config)
+    if config.world_model.source.checkpoint:
+        # What an import depends on, of a world model that others have trained.
+        stages["world_model"] = {
+            "lab": {name: lab[name] for name in ("image_size", "embodiment")},
+            "world_model": {name: world_model[name] for name in ("source", "network", "sampler")},
+        }
     for name, network in plain["behaviour_cloning"].items():
         stages[f"behaviour_cloning/{name}"] = {"lab": lab, "behaviour_cloning": {name: network}}
     for name, policy in plain["policies"].items():
@@ -111,6 +134,7 @@ def checked(mapping: dict[str, Any]) -> Workflow:
     _check_policies(config)
     _check_numbers(config)
     _check_own_frames(config)
+    check_published(config)
     if config.reality and not Path(config.reality).is_file():
         raise UserError(f"reality: {config.reality!r} is not a file; give a CSV of real results, or '' for the lab")
     return Workflow(config)
@@ -137,8 +161,6 @@ def _check_lab(config: Config) -> None:
 def _check_policies(config: Config) -> None:
     from workflow_src.policies.adapter import ADAPTERS
 
-    if not config.policies:
-        raise UserError("policies: is empty; name at least one policy to rank")
     for name, policy in config.policies.items():
         path = f"policies.{name}"
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
@@ -233,9 +255,18 @@ def open_workflow(mapping: dict[str, Any]) -> Workflow:
         workflow.write_stage_files()
         return workflow
     except UserError as error:
-        say(f"error: {error}")
-        # Snakemake turns any exception into a traceback; a plain exit here is the one line that was promised.
-        os._exit(2)
+        _end(error)
+
+
+def _end(error: UserError) -> None:
+    """Snakemake turns any exception into a traceback; a plain exit is the one line that was promised."""
+    say(f"error: {error}")
+    os._exit(2)
+
+
+def _nothing_to_rank(wildcards: Any) -> None:
+    """The input of rules that need rollouts. Snakemake asks while it builds its graph, before any job and any lock."""
+    _end(UserError("policies: is empty, so there is nothing to roll out and to rank; name at least one policy"))
 
 
 def shell_prefix(deployment: Any) -> str:

@@ -76,8 +76,10 @@ class Training:
 class Tokenizer:
     """The convolutional autoencoder of the tabletop (`kind: conv`), or a frozen Stable Diffusion 3 VAE (`kind: sd3`)."""
 
-    kind: Literal["conv"] = "conv"
-    channels: int = 16
+    kind: Literal["conv", "sd3"] = "conv"
+    source: str = ""  # sd3: hub repository (owner/name, its folder vae/), or folder of diffusers' AutoencoderKL
+    revision: str = ""  # sd3: commit of that repository
+    channels: int = 16  # conv, like all that follow
     downsample: int = 8
     width: int = 32
     training: Training = field(default_factory=lambda: Training(steps=1200, batch=32, decay=0.4))
@@ -141,9 +143,18 @@ class OwnFrames:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A published checkpoint in WorldGym's layout, which is imported instead of training a world model."""
+
+    checkpoint: str = ""  # a file, or http(s)://…, hf://owner/name@commit/path, a Google Drive link; empty: train
+    sha256: str = ""  # of the file; empty: whatever comes, and its sha256 is reported
+
+
+@dataclass(frozen=True)
 class WorldModel:
     """The action-conditioned video model."""
 
+    source: Source = field(default_factory=Source)
     network: Network = field(default_factory=Network)
     objective: Objective = field(default_factory=Objective)
     sampler: Sampler = field(default_factory=Sampler)
