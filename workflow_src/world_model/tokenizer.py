@@ -58,6 +58,7 @@ class ConvTokenizer(nn.Module):
     [-1, 1] and latents (N, C, h, w). `digest` identifies trained weights; it is empty until they are loaded."""
 
     digest = ""
+    scaled = False
 
     def __init__(self, config: sections.Tokenizer) -> None:
         super().__init__()

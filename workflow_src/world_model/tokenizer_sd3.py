@@ -36,6 +36,8 @@ SLICE = 16  # images per forward pass: 256x256 pixels take about 1 GB
 class StableDiffusionTokenizer:
     """`vae`: a diffusers `AutoencoderKL`; `digest` identifies it."""
 
+    scaled = True
+
     def __init__(self, vae, identity: str) -> None:
         self.vae, self.digest = vae, identity
         self.scaling = float(vae.config.scaling_factor)
