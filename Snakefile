@@ -36,7 +36,7 @@ report: "config/report/workflow.rst"
 
 
 wildcard_constraints:
-    dataset=any_of([flow.config.episodes.dataset]),
+    dataset=any_of([flow.config.episodes.dataset, *flow.config.episodes.stores]),
     split=any_of(flow.config.episodes.splits),
     network=any_of(flow.config.behaviour_cloning) or "none",
     policy=any_of(flow.config.policies) or "none",

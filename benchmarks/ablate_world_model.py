@@ -25,10 +25,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from workflow_src.common.config import load, load_stage, to_dict
-from workflow_src.episodes.latents import load_latents
 from workflow_src.episodes.store import EpisodeStore
 from workflow_src.training import replay
 from workflow_src.training import world_model as training
+from workflow_src.training.clip_source import ClipSource
+from workflow_src.training.datasets import open_training
+from workflow_src.training.distributed import join
 from workflow_src.training.engine import Engine
 from workflow_src.world_model.artefact import WorldModel, build_network
 from workflow_src.world_model.environment import imagine
@@ -56,10 +58,11 @@ def measure(results: Path, name: str, changes: str, steps: int, policies: bool) 
     """Train one variant; PSNR on held-out replays by horizon and, on request, agreement of the policies' success."""
     stage = load_stage(_stage_file(results, name, changes, steps))
     data = results / "episodes" / "tabletop"
-    episodes = EpisodeStore(data / "train").load_all()
-    latents = load_latents(results / "latents" / "train" / "latents.json")
-    card = training.make_card(stage, episodes, latents)
-    loss = training.DiffusionForcing(card, stage.world_model, episodes, latents, seed=5)
+    cache = results / "latents" / "tabletop" / "train" / "latents.json"
+    datasets = open_training(stage.world_model, [data / "train"], [cache], results / "tokenizer", join())
+    source = ClipSource(stage.world_model, datasets, join())
+    card = training.make_card(stage, source)
+    loss = training.DiffusionForcing(card, stage.world_model, source, seed=5)
     torch.manual_seed(1)
     state = results / "state" / "ablations" / name
     shutil.rmtree(state, ignore_errors=True)

@@ -1,5 +1,5 @@
 """
-Recorded robot data.
+Recorded robot data. Data sets of others (episodes.stores) are read where they are.
 
 needs   nothing but the configuration (sections lab, episodes)
 makes   results/episodes/<dataset>/<split>/episodes.parquet, written last, beside one mp4 and one npz per episode
@@ -11,11 +11,11 @@ rule record_episodes:
     input:
         config=flow.stage("episodes"),
     output:
-        f"{results}/episodes/{{dataset}}/{{split}}/episodes.parquet",
+        f"{flow.episodes}/{{split}}/episodes.parquet",
     log:
-        f"{results}/logs/record_episodes/{{dataset}}/{{split}}.log",
+        f"{results}/logs/record_episodes/{flow.config.episodes.dataset}/{{split}}.log",
     benchmark:
-        f"{results}/benchmarks/record_episodes/{{dataset}}/{{split}}.jsonl"
+        f"{results}/benchmarks/record_episodes/{flow.config.episodes.dataset}/{{split}}.jsonl"
     # All splits before any training: the tokenizer, for which everything waits, needs two of them.
     priority: 20
     conda:

@@ -1,8 +1,9 @@
 """
 Tokenizer, latent cache and world model.
 
-needs   episode stores of the splits train and validation
-makes   results/tokenizer/, results/latents/<split>/, results/world_model/ (each with one declared file, written last)
+needs   episode stores of the splits train and validation, of every data set in world_model.data
+makes   results/tokenizer/, results/latents/<dataset>/<split>/, results/world_model/ (each with one declared file, written
+        last); no latents where world_model.latents is on_the_fly
 how     a core per process: small networks gain nothing from threads (common/compute.py), so independent trainings run side
         by side and the world model on several processes under torchrun; state for resuming lies undeclared in results/state/
 """
@@ -34,31 +35,31 @@ rule train_tokenizer:
 rule cache_latents:
     input:
         config=flow.stage("latents"),
-        episodes=f"{flow.episodes}/{{split}}/episodes.parquet",
+        episodes=lambda wildcards: flow.store(wildcards.dataset, wildcards.split),
         tokenizer=flow.tokenizer,
     output:
-        f"{results}/latents/{{split}}/latents.json",
+        f"{results}/latents/{{dataset}}/{{split}}/latents.json",
     log:
-        f"{results}/logs/cache_latents/{{split}}.log",
+        f"{results}/logs/cache_latents/{{dataset}}/{{split}}.log",
     benchmark:
-        f"{results}/benchmarks/cache_latents/{{split}}.jsonl"
+        f"{results}/benchmarks/cache_latents/{{dataset}}/{{split}}.jsonl"
     conda:
         "../envs/base.yaml"
     threads: 1
     params:
         tokenizer=f"{results}/tokenizer",
     shell:
-        "python -m workflow_src.episodes.latents --config {input.config} --episodes {input.episodes}"
+        "python -m workflow_src.episodes.latents --config {input.config} --episodes {input.episodes:q}"
         " --tokenizer {params.tokenizer} --out {output} 2>&1 | tee {log}"
 
 
 rule train_world_model:
     input:
         config=flow.stage("world_model"),
-        latents=f"{results}/latents/train/latents.json",
-        episodes=f"{flow.episodes}/train/episodes.parquet",
-        validation=f"{results}/latents/validation/latents.json",
-        validation_episodes=f"{flow.episodes}/validation/episodes.parquet",
+        latents=flow.caches("train", flow.mixture.names),
+        episodes=[flow.store(dataset, "train") for dataset in flow.mixture.names],
+        validation=flow.caches("validation", flow.mixture.names[:1]),
+        validation_episodes=flow.store(flow.mixture.names[0], "validation"),
         tokenizer=flow.tokenizer,
     output:
         f"{results}/world_model/model.safetensors",
@@ -74,8 +75,8 @@ rule train_world_model:
         tokenizer=f"{results}/tokenizer",
     shell:
         "torchrun --standalone --nproc-per-node={threads} -m workflow_src.training.world_model"
-        " --config {input.config} --latents {input.latents} --episodes {input.episodes}"
-        " --validation {input.validation} --validation-episodes {input.validation_episodes}"
+        " --config {input.config} --latents {input.latents} --episodes {input.episodes:q}"
+        " --validation {input.validation} --validation-episodes {input.validation_episodes:q}"
         " --tokenizer {params.tokenizer} --out {output} --state {params.state} 2>&1 | tee {log}"
 
 

@@ -69,6 +69,79 @@ def test_a_mistake_gets_one_line(path, value, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.fixture
+def stores(tmp_path):
+    """Folders of three data sets: ours, WorldGym's, and one without a validation split."""
+    for path in ("ours/train", "ours/val", "published/train", "published/test", "alone/train"):
+        (tmp_path / path).mkdir(parents=True)
+        (tmp_path / path / ("episodes.parquet" if path.startswith("ours") else "000000000.mp4")).touch()
+    return {name: str(tmp_path / name) for name in ("ours", "published", "alone")}
+
+
+def with_data(stores, data, **world_model):
+    mapping = with_("episodes/stores", stores)
+    own_frames = {"share": 0.0}
+    mapping["world_model"] |= {"data": data, "own_frames": own_frames} | world_model
+    return mapping
+
+
+def test_a_mixture_finds_the_splits_of_its_data_sets(stores):
+    flow = checked(with_data(stores, "published,tabletop,alone"))
+    assert flow.mixture.names == ("published", "tabletop", "alone")
+    assert flow.store("published", "validation") == f"{stores['published']}/test"
+    assert flow.store("ours", "train") == f"{stores['ours']}/train/episodes.parquet"
+    assert flow.store("ours", "validation") == f"{stores['ours']}/val/episodes.parquet"
+    assert flow.store("tabletop", "train") == "results/episodes/tabletop/train/episodes.parquet"
+    assert flow.caches("train", ["ours"]) == ["results/latents/ours/train/latents.json"]
+    assert checked(with_data(stores, "ours", latents="on_the_fly")).caches("train", ["ours"]) == []
+    assert checked(with_data(stores, {"ours": 1, "published": 2})).mixture.names == ("published", "ours")
+
+
+def test_another_data_set_records_and_encodes_nothing_anew(stores, tmp_path):
+    def stages(mapping):
+        checked(mapping | {"results": str(tmp_path)}).write_stage_files()
+        return {f.name: f.read_text() for f in Path(tmp_path, "config").glob("*.json")}
+
+    before, after = stages(with_data({}, "")), stages(with_data(stores, "tabletop,ours"))
+    assert {name for name in before if before[name] != after[name]} == {"world_model.json"}
+    assert json.loads(before["world_model.json"])["world_model"]["data"] == "tabletop"
+
+
+@pytest.mark.parametrize(
+    ("data", "changes", "message"),
+    [
+        ("our", {}, r"world_model\.data: 'our' is unknown; did you mean 'ours'\?"),
+        ("ours,ours", {}, r"world_model\.data: 'ours,ours' names nothing or the same twice"),
+        ({"ours": -1}, {}, r"world_model\.data\.ours: weight -1\.0 is not positive"),
+        ({"ours": "much"}, {}, r"world_model\.data\.ours: 'much' is not a number"),
+        (["ours"], {}, r"world_model\.data: \['ours'\] is not text"),
+        ("alone", {}, r"episodes\.stores\.alone: .* holds no episodes of the split validation; .* validation or val or test/"),
+        ("ours", {"frame_skip": {"tabletop": 2}}, r"world_model\.frame_skip: 'tabletop' is unknown"),
+        ("ours", {"frame_skip": 0}, r"world_model\.frame_skip: 0 for ours is impossible"),
+        ("tabletop", {"frame_skip": 5}, r"clip_frames: 5 is longer than an episode \(19 frames .*, every 5\. shown\)"),
+        ("ours", {"own_frames": {"share": 0.5}}, r"own_frames\.share: 0\.5 needs the lab's data set alone"),
+        ("tabletop", {"own_frames": {"share": 0.5}, "latents": "on_the_fly"}, r"with world_model\.latents: cached"),
+    ],
+)  # fmt: skip
+def test_a_mistake_about_data_gets_one_line(stores, data, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        checked(with_data(stores, data, **changes))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "message"),
+    [
+        ("tabletop", "ours", r"episodes\.stores\.tabletop: is what the lab's data set is called"),
+        ("a/b", "ours", r"episodes\.stores\.a/b: 'a/b' is not usable as a file name"),
+        ("mine", "nowhere", r"episodes\.stores\.mine: '.*nowhere' holds no episodes of the split train"),
+    ],
+)
+def test_wrong_stores_are_named(stores, tmp_path, name, path, message):
+    with pytest.raises(UserError, match=message):
+        checked(with_data({name: str(tmp_path / path)}, ""))
+
+
 def test_schema_file_is_in_step_with_the_model():
     assert configuration.SCHEMA.read_text() == configuration.schema_text(), (
         "run: python -m workflow_src.common.config schema"

@@ -35,6 +35,13 @@ def test_steps_beyond_the_range_are_clipped():
     )
 
 
+def test_an_action_over_several_steps_may_be_that_many_times_as_large():
+    far = np.array([0.1, -1, 0, 0.5, -9, 0, 3], float)
+    assert embodiments.to_world_model(far, "tabletop", "rehearsal", steps=3)[:7].tolist() == pytest.approx(
+        [3.5, -5.25, 0, 2.8, -4.2, 0, -1]
+    )
+
+
 def test_base_motion_on_a_fixed_base_is_refused():
     still = np.concatenate([ACTIONS[0], np.zeros(3)])
     assert embodiments.to_world_model(still, "widowx", "worldgym").shape == (10,)

@@ -8,7 +8,7 @@ import pytest
 
 from workflow_src.common.errors import UserError
 from workflow_src.common.sections import Lab, Split
-from workflow_src.common.video import write_video
+from workflow_src.common.video import probe_video, read_frames, read_video, write_video
 from workflow_src.episodes import record as recorder
 from workflow_src.episodes.behaviours import BEHAVIOURS
 from workflow_src.episodes.store import EpisodeStore, episode_paths
@@ -244,6 +244,66 @@ def test_unequal_episodes_are_not_stacked(store):
         reader.load_all()
 
 
+def write_coded(path: Path, frames: np.ndarray, **options: str) -> None:
+    """A lossy video with the encoder's `options`: keyframes, frames that are stored out of order."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=20, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+CODINGS = {
+    "one_keyframe": {"bf": "3"},
+    "closed_groups": {"g": "7", "bf": "2"},
+    "open_groups": {"g": "12", "bf": "3", "x264-params": "open-gop=1:scenecut=0:b-adapt=0"},
+}
+
+
+@pytest.mark.parametrize("coding", ["lossless", *CODINGS])
+def test_frames_are_read_by_number_to_the_last_bit(tmp_path, coding):
+    path, rng = tmp_path / "x.mp4", np.random.default_rng(0)
+    frames = np.cumsum(rng.integers(-3, 4, (40, 32, 48, 3)), 0).astype(np.uint8)
+    if coding == "lossless":
+        write_video(path, frames, 5)
+    else:
+        write_coded(path, frames, **CODINGS[coding])
+    everything = read_video(path)
+    assert probe_video(path) == (40, 32, 48)
+    for numbers in ([0], [39], [38, 2, 20, 20], range(40), *(rng.integers(0, 40, 3) for _ in range(12))):
+        np.testing.assert_array_equal(read_frames(path, numbers), everything[list(numbers)])
+    for number in (40, -1):
+        with pytest.raises(UserError, match=rf"x\.mp4: frame {number} cannot be read, of 40"):
+            read_frames(path, [3, number])
+    path.write_bytes(path.read_bytes()[:300])
+    for read in (lambda: read_frames(path, [0]), lambda: probe_video(path)):
+        with pytest.raises(UserError, match=r"x\.mp4: not a readable video"):
+            read()
+
+
+def test_single_frames_of_a_store_are_verified_and_right(store):
+    reader = EpisodeStore(store)
+    np.testing.assert_array_equal(reader.read(3, [5, 0]), reader.frames(3)[[5, 0]])
+    assert reader.lengths.tolist() == [7] * 11 and reader.image_size() == (16, 16)
+    (store / "000000003.mp4").write_bytes((store / "000000002.mp4").read_bytes())
+    with pytest.raises(UserError, match=r"000000003\.mp4: damaged"):
+        reader.read(3, [0])
+
+
+def test_a_store_is_identified_by_its_content(recorded, store, tmp_path):
+    assert EpisodeStore(store).identity == EpisodeStore(recorded).identity
+    folder = tmp_path / "published"
+    write_video(folder / "000000000.mp4", np.zeros((4, 16, 16, 3), np.uint8), 20)
+    identities = []
+    for value in (0, 0, 1):
+        np.savez(folder / "000000000.npz", np.full((4, 10), value, np.float32))
+        identities.append(EpisodeStore(folder).identity)
+    assert identities[0] == identities[1] != identities[2]
+
+
 def test_folders_of_worldgym_are_readable_as_they_are(tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     actions = np.arange(40, dtype=np.float32).reshape(4, 10)
@@ -255,6 +315,7 @@ def test_folders_of_worldgym_are_readable_as_they_are(tmp_path):
     assert reader.table["index"].tolist() == [0, 7] and reader.table.action_semantics[0] == "worldgym"
     np.testing.assert_array_equal(reader.frames(1), frames)
     np.testing.assert_array_equal(reader.arrays(1)["actions"], actions)
+    assert reader.lengths.tolist() == [4, 4]
     episode_paths(tmp_path, 7)[1].unlink()
     with pytest.raises(UserError, match=r"000000007\.mp4 without an npz"):
         EpisodeStore(tmp_path)

@@ -51,7 +51,7 @@ def test_a_share_of_the_clips_shows_own_rollouts_of_the_same_frames(prepared, ne
     samples = np.arange(400)
     loss.prepare(BEGIN - 1, network)
     assert loss.choose(BEGIN - 1, samples).own is None
-    assert set(loss.describe(BEGIN - 1, samples)) == {"episode", "start", "mirrored"}
+    assert set(loss.describe(BEGIN - 1, samples)) == {"dataset", "episode", "start", "mirrored"}
     loss.prepare(BEGIN, network)
     choice = loss.choose(BEGIN, samples)
     own = choice.own >= 0
@@ -60,7 +60,7 @@ def test_a_share_of_the_clips_shows_own_rollouts_of_the_same_frames(prepared, ne
     without = make_loss(prepared).choose(BEGIN, samples)
     np.testing.assert_array_equal(choice.episode, without.episode)
     np.testing.assert_array_equal(choice.start[~own], without.start[~own])
-    clean, _, _ = loss.read(choice.episode, loss.clips.frame_numbers(choice), choice.mirrored)
+    clean, _, _ = loss.source.read(choice.episode, loss.source.clips.frame_numbers(choice), choice.mirrored)
     shown = loss.own.shown(choice, clean)
     assert torch.equal(shown[~own], clean[~own])
     # A rollout begins with the recorded frame it begins at, of the same episode and side.
@@ -80,7 +80,7 @@ def test_rollouts_are_those_of_the_sampler(prepared, network, tmp_path):  # noqa
         (start, mirrored) = (values[block] for values in loss.own._blocks(20))
         opening = max(0, start - 2)
         numbers = np.arange(opening, start + 5)[None]
-        clean, first, actions = loss.read(episode, numbers, np.array([mirrored]))
+        clean, first, actions = loss.source.read(episode, numbers, np.array([mirrored]))
         noise, context = (
             torch.from_numpy(
                 world_model.randomness.normal(3, 20, episode, tuple(clean.shape[1:]), f"own frames, {name}")

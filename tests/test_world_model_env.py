@@ -16,7 +16,15 @@ from tests.worlds import FACTORISED, FLOW, JOINT, make_network
 from workflow_src.common import sections
 from workflow_src.common.errors import UserError
 from workflow_src.world_model import artefact, environment
-from workflow_src.world_model.artefact import Card, WorldModel, identity, load_artefact, read_card, save_artefact
+from workflow_src.world_model.artefact import (
+    Card,
+    Source,
+    WorldModel,
+    identity,
+    load_artefact,
+    read_card,
+    save_artefact,
+)
 
 torch.set_num_threads(1)
 
@@ -116,6 +124,17 @@ def test_imagining_is_stepping_through_an_environment():
     frames = environment.imagine(world(), np.stack([t["image"] for t in given]), actions, 4, range(PLACES))
     stepped = roll(make(seed=4), list(range(PLACES)), given, 3, actions.swapaxes(0, 1))
     assert np.array_equal(frames, stepped[:, 1:])
+
+
+def test_an_action_of_a_model_that_skips_frames_spans_several_control_steps():
+    """Twice the reach of one step tells from one step where the model imagines every second frame, and not otherwise."""
+    skips = (Source("a", "tabletop", 5.0, 2, 1.0),)
+    near, far = (np.tile(np.float32([reach, 0, 0, 0, 0, 0, 1]), (1, PLACES, 1)) for reach in (0.05, 0.1))
+    videos = {}
+    for name, card in (("all", CARD), ("every second", replace(CARD, sources=skips))):
+        videos[name] = [roll(make(world(card)), list(range(PLACES)), trials(), 1, actions) for actions in (near, far)]
+    assert np.array_equal(*videos["all"]) and not np.array_equal(*videos["every second"])
+    assert np.array_equal(videos["all"][0], videos["every second"][0])
 
 
 def test_chunks():

@@ -18,7 +18,10 @@ from workflow_src.episodes.clips import Choice
 from workflow_src.episodes.store import EpisodeStore
 from workflow_src.training import randomness, world_model
 from workflow_src.training import tokenizer as tokenizer_training
-from workflow_src.world_model.artefact import build_network, load_artefact
+from workflow_src.training.clip_source import ClipSource
+from workflow_src.training.datasets import open_training
+from workflow_src.training.distributed import Processes
+from workflow_src.world_model.artefact import Source, build_network, load_artefact
 
 torch.set_num_threads(1)
 MODEL = sections.WorldModel(
@@ -52,13 +55,19 @@ def prepared(tmp_path_factory):
     }  # fmt: skip
 
 
+def make_source(config: sections.WorldModel, flags) -> ClipSource:
+    """The data of `config`; flags as on the command line, with lists where they take several."""
+    alone = Processes(0, 1, torch.device("cpu"))
+    datasets = open_training(config, flags["episodes"], flags["latents"], flags["tokenizer"], alone)
+    return ClipSource(config, datasets, alone)
+
+
 def make_loss(prepared, **changes) -> world_model.DiffusionForcing:
     _, flags = prepared
     stage = world_model.load_stage(flags["config"])
     stage.world_model = replace(stage.world_model, **changes)
-    episodes, latents = EpisodeStore(flags["episodes"].parent).load_all(), cache.load_latents(flags["latents"])
-    card = world_model.make_card(stage, episodes, latents)
-    return world_model.DiffusionForcing(card, stage.world_model, episodes, latents, seed=3)
+    source = make_source(stage.world_model, flags | {"episodes": [flags["episodes"]], "latents": [flags["latents"]]})
+    return world_model.DiffusionForcing(world_model.make_card(stage, source), stage.world_model, source, seed=3)
 
 
 def test_the_command_line_leaves_a_whole_artefact(prepared, monkeypatch):
@@ -67,6 +76,7 @@ def test_the_command_line_leaves_a_whole_artefact(prepared, monkeypatch):
     run_cli(monkeypatch, world_model, **flags, out=out, state=root / "state")
     model = load_artefact(out.parent)
     assert model.card.embodiment == "tabletop" and model.card.tokenizer == model.tokenizer.digest
+    assert model.card.sources == (Source(root.name, "tabletop", 5.0, 1, 1.0),) and model.card.control_hz == 5
     latents = cache.load_latents(flags["latents"])
     np.testing.assert_allclose(model.card.mean, latents.mean, rtol=1e-6)
     rows = list(csv.DictReader((out.parent / "metrics.csv").open()))
@@ -85,16 +95,17 @@ def test_a_clip_shows_the_action_that_led_to_each_frame(prepared):
     loss = make_loss(prepared)
     episodes = EpisodeStore(prepared[1]["episodes"].parent).load_all()
     choice = Choice(np.array([5, 7, 5]), np.array([2, 0, 2]), np.array([False, False, True]))
-    clean, first, actions = loss.read(choice.episode, loss.clips.frame_numbers(choice), choice.mirrored)
+    clean, first, actions = loss.source.read(choice.episode, loss.source.clips.frame_numbers(choice), choice.mirrored)
     units = to_world_model(episodes.actions, "tabletop", "rehearsal")
     np.testing.assert_allclose(actions[0], units[5, 1:5])  # mid-episode: the true preceding action
     np.testing.assert_allclose(actions[1, 0], 0)
     np.testing.assert_allclose(actions[1, 1:], units[7, :3])
     np.testing.assert_allclose(actions[2, :, 0], -actions[0, :, 0])  # mirrored: sideways motion flips,
     np.testing.assert_allclose(actions[2, :, 1], actions[0, :, 1])  # the other axis stays
-    plain = cache.load_latents(prepared[1]["latents"])
-    np.testing.assert_allclose(clean[0] * loss.std + loss.mean, plain.plain[5, 2:6], atol=2e-3)
-    np.testing.assert_allclose(first[2] * loss.std + loss.mean, plain.mirrored[5, 0], atol=2e-3)
+    plain, mirrored = cache.load_latents(prepared[1]["latents"]).shards
+    mean, std = loss.source.mean, loss.source.std
+    np.testing.assert_allclose(clean[0] * std + mean, plain[5 * 6 + 2 : 6 * 6], atol=2e-3)
+    np.testing.assert_allclose(first[2] * std + mean, mirrored[5 * 6], atol=2e-3)
 
 
 def test_a_loss_does_not_depend_on_how_the_batch_is_split(prepared):
@@ -128,8 +139,9 @@ def test_mistakes_are_named_before_the_first_step(prepared, tmp_path):
     with pytest.raises(UserError, match=r"world_model.actions: 'reached'"):
         make_loss(prepared, actions="reached")
     other = write_store(tmp_path / "other", *moving_squares(2, 6, 9))
+    root, flags = prepared
     with pytest.raises(UserError, match="was made from other episodes"):
-        world_model._latents(prepared[1]["latents"], other)
+        make_loss((root, flags | {"episodes": other}))
 
 
 def test_draws_differ_between_streams():

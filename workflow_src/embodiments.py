@@ -89,8 +89,10 @@ def scale(embodiment: str, convention: str) -> Scale:
     return SCALES[embodiment, convention]
 
 
-def to_world_model(actions: np.ndarray, embodiment: str, convention: str) -> np.ndarray:
+def to_world_model(actions: np.ndarray, embodiment: str, convention: str, steps: int = 1) -> np.ndarray:
     """Metric actions `(..., 7)`, or `(..., 10)` with base, to float32 world-model actions `(..., 10)`.
+
+    An action that spans `steps` control steps may be that many times as large before it is clipped.
 
     Raises `UserError` for a wrong width, numbers that are not finite, and a base motion that the embodiment does not
     have (dropping it silently would imagine another episode than the policy asked for).
@@ -98,8 +100,9 @@ def to_world_model(actions: np.ndarray, embodiment: str, convention: str) -> np.
     robot, units = get(embodiment), scale(embodiment, convention)
     actions = _checked(actions, embodiment, (METRIC_DIM, METRIC_DIM + 3), "metric action")
     result = np.zeros((*actions.shape[:-1], WORLD_MODEL_DIM), np.float32)
-    result[..., :3] = np.clip(actions[..., :3] * units.translation, -units.translation_clip, units.translation_clip)
-    result[..., 3:6] = np.clip(actions[..., 3:6] * units.rotation, -units.rotation_clip, units.rotation_clip)
+    far, wide = steps * units.translation_clip, steps * units.rotation_clip
+    result[..., :3] = np.clip(actions[..., :3] * units.translation, -far, far)
+    result[..., 3:6] = np.clip(actions[..., 3:6] * units.rotation, -wide, wide)
     opening = np.clip(actions[..., 6], 0.0, 1.0)
     result[..., 6] = 1.0 - 2.0 * ((opening > 0.5) if robot.binary_gripper else opening)
     if actions.shape[-1] > METRIC_DIM:

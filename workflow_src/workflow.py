@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ from workflow_src.common.errors import UserError
 from workflow_src.common.files import write_if_changed
 from workflow_src.common.progress import say
 from workflow_src.common.sections import Config, Policy
+from workflow_src.episodes.mixture import Mixture, frame_skips, read_mixture
 from workflow_src.world_model.published import check as check_published
 from workflow_src.world_model.published import is_address
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLDS = ("lab", "world_model")
+SPLITS = {"train": ("train",), "validation": ("validation", "val", "test")}  # what data sets of others call them
+FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 JOBS_BESIDE = 3  # trainings that may run while policies are served
 
 
@@ -42,6 +45,7 @@ class Workflow:
 
     @property
     def episodes(self) -> str:
+        """Folder of the lab's data set."""
         return f"{self.results}/episodes/{self.config.episodes.dataset}"
 
     @property
@@ -55,6 +59,24 @@ class Workflow:
         """The published checkpoint: the file that is configured, or the one that is fetched from the configured address."""
         source = self.config.world_model.source.checkpoint
         return f"{self.results}/downloads/checkpoint.pt" if is_address(source) else source
+
+    @property
+    def mixture(self) -> Mixture:
+        """The data sets that the world model is trained on."""
+        return read_mixture(self.config.world_model.data, self.config.episodes.dataset)
+
+    def store(self, dataset: str, split: str) -> str:
+        """What stands for a split of a data set among a rule's inputs: its table, or its folder where there is none."""
+        if dataset == self.config.episodes.dataset:
+            return f"{self.episodes}/{split}/episodes.parquet"
+        folder = _split_folder(self.config, dataset, split)
+        table = folder / "episodes.parquet"
+        return str(table if table.is_file() else folder)
+
+    def caches(self, split: str, datasets: Iterable[str]) -> list[str]:
+        """Latent caches of a split; none where latents are encoded on the fly."""
+        cached = self.config.world_model.latents == "cached"
+        return [f"{self.results}/latents/{dataset}/{split}/latents.json" for dataset in datasets if cached]
 
     def served(self, policy: str) -> bool:
         """Whether the workflow starts this policy's server itself."""
@@ -94,11 +116,13 @@ def _stages(config: Config) -> dict[str, dict[str, Any]]:
     """Stage → the sections it depends on (None: all of the section). Knobs that change no result are left at defaults."""
     lab = to_dict(replace(config.lab, workers=2))
     rollouts = to_dict(replace(config.rollouts, shards=1, server_deadline=900, step_timeout=120))
-    world_model = to_dict(replace(config.world_model, processes=1))
+    data = config.world_model.data or config.episodes.dataset
+    world_model = to_dict(replace(config.world_model, processes=1, data=data))
+    episodes = to_dict(replace(config.episodes, stores={}))
     stages: dict[str, dict[str, Any]] = {
-        "episodes": {"lab": lab, "episodes": None},
+        "episodes": {"lab": lab, "episodes": episodes},
         "tokenizer": {"lab": lab, "tokenizer": None},
-        "latents": {"tokenizer": None},
+        "latents": {"tokenizer": None, "world_model": {"mirror": config.world_model.mirror}},
         "world_model": {"lab": lab, "tokenizer": None, "world_model": world_model},
         "judges": {"lab": lab, "judges": None},
         "trials": {"lab": lab, "trials": None},
@@ -133,6 +157,7 @@ def checked(mapping: dict[str, Any]) -> Workflow:
     _check_lab(config)
     _check_policies(config)
     _check_numbers(config)
+    _check_data(config)
     _check_own_frames(config)
     check_published(config)
     if config.reality and not Path(config.reality).is_file():
@@ -158,12 +183,51 @@ def _check_lab(config: Config) -> None:
             check_name(f"episodes.splits.{name}.mix.{behaviour}", behaviour, BEHAVIOURS)
 
 
+def _check_data(config: Config) -> None:
+    own, stores = config.episodes.dataset, config.episodes.stores
+    for name in (own, *stores):
+        path = "episodes.dataset" if name == own else f"episodes.stores.{name}"
+        if not re.fullmatch(FILE_NAME, name):
+            raise UserError(f"{path}: {name!r} is not usable as a file name; use letters, digits, '_', '-' and '.'")
+    if own in stores:
+        raise UserError(f"episodes.stores.{own}: is what the lab's data set is called (episodes.dataset); rename one")
+    for name in stores:
+        _split_folder(config, name, "train")
+    mixture = read_mixture(config.world_model.data, own)
+    for name in mixture.names:
+        check_name("world_model.data", name, [own, *stores])
+    if mixture.names[0] != own:
+        _split_folder(config, mixture.names[0], "validation")
+    skips = dict(zip(mixture.names, frame_skips(config.world_model.frame_skip, mixture.names)))
+    frames = 1 + (config.world_model.clip_frames - 1) * skips.get(own, 0)
+    if frames > config.lab.horizon + 1:
+        raise UserError(
+            f"world_model.clip_frames: {config.world_model.clip_frames} is longer than an episode "
+            f"({config.lab.horizon + 1} frames at lab.horizon {config.lab.horizon}"
+            + (f", every {skips[own]}. shown)" if skips[own] > 1 else ")")
+        )
+
+
+def _split_folder(config: Config, dataset: str, split: str) -> Path:
+    """Folder of a split of one of `episodes.stores`. Raises UserError where there are no episodes."""
+    root = Path(config.episodes.stores[dataset])
+    names = SPLITS.get(split, (split,))
+    for name in names:
+        folder = root / name
+        if (folder / "episodes.parquet").is_file() or next(folder.glob("*.mp4"), None):
+            return folder
+    raise UserError(
+        f"episodes.stores.{dataset}: {str(root)!r} holds no episodes of the split {split}; "
+        f"expected episodes.parquet or mp4 + npz in {' or '.join(names)}/"
+    )
+
+
 def _check_policies(config: Config) -> None:
     from workflow_src.policies.adapter import ADAPTERS
 
     for name, policy in config.policies.items():
         path = f"policies.{name}"
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        if not re.fullmatch(FILE_NAME, name):
             raise UserError(f"{path}: {name!r} is not usable as a file name; use letters, digits, '_', '-' and '.'")
         if policy.endpoint:
             _check_endpoint(path, policy)
@@ -200,6 +264,12 @@ def _check_own_frames(config: Config) -> None:
     if own.share == 0:
         return
     path = "world_model.own_frames"
+    names = read_mixture(model.data, config.episodes.dataset).names
+    if names != (config.episodes.dataset,) or frame_skips(model.frame_skip, names) != [1] or model.latents != "cached":
+        raise UserError(
+            f"{path}.share: {own.share} needs the lab's data set alone, with world_model.latents: cached and frame_skip: 1; "
+            "set it to 0"
+        )
     for name in ("share", "begin"):
         if not 0 <= getattr(own, name) <= 1:
             raise UserError(f"{path}.{name}: {getattr(own, name)} is not a fraction between 0 and 1")
@@ -233,11 +303,6 @@ def _check_numbers(config: Config) -> None:
     for path, value in at_least_one.items():
         if value < 1:
             raise UserError(f"{path}: {value} is impossible; it must be at least 1")
-    if config.world_model.clip_frames > config.lab.horizon + 1:
-        raise UserError(
-            f"world_model.clip_frames: {config.world_model.clip_frames} is longer than an episode "
-            f"({config.lab.horizon + 1} frames at lab.horizon {config.lab.horizon})"
-        )
     if config.lab.image_size % config.tokenizer.downsample:
         raise UserError(
             f"lab.image_size: {config.lab.image_size} is not a multiple of tokenizer.downsample "

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import types
 import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -55,6 +56,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return value
     if origin is tuple:
         return _convert_tuple(arguments, value, path)
+    if origin is types.UnionType:  # of a scalar and a section
+        return _convert(arguments[isinstance(value, dict)], value, path)
     if origin is dict:
         if not isinstance(value, dict):
             raise UserError(f"{path}: {_show(value)} is not a section; give keys and values")
@@ -193,6 +196,8 @@ def schema(hint: Any = Config) -> dict[str, Any]:
         return {"type": "array", "prefixItems": [schema(a) for a in arguments], "minItems": len(arguments)}
     if origin is dict:
         return {"type": "object", "additionalProperties": schema(arguments[1])}
+    if origin is types.UnionType:
+        return {"anyOf": [schema(argument) for argument in arguments]}
     return {"type": {int: "integer", float: "number", bool: "boolean", str: "string"}[hint]}
 
 

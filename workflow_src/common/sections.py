@@ -39,7 +39,9 @@ class Split:
 class Episodes:
     """Recorded robot data."""
 
-    dataset: str = "tabletop"
+    dataset: str = "tabletop"  # name of the data set that the lab records
+    # Name → folder of other data sets, with a folder per split: train, and validation, val or test.
+    stores: dict[str, str] = field(default_factory=dict)
     splits: dict[str, Split] = field(
         default_factory=lambda: {
             "train": Split(episodes=800),
@@ -143,7 +145,7 @@ class OwnFrames:
 
 
 @dataclass(frozen=True)
-class Source:
+class Published:
     """A published checkpoint in WorldGym's layout, which is imported instead of training a world model."""
 
     checkpoint: str = ""  # a file, or http(s)://…, hf://owner/name@commit/path, a Google Drive link; empty: train
@@ -154,14 +156,18 @@ class Source:
 class WorldModel:
     """The action-conditioned video model."""
 
-    source: Source = field(default_factory=Source)
+    source: Published = field(default_factory=Published)
     network: Network = field(default_factory=Network)
     objective: Objective = field(default_factory=Objective)
     sampler: Sampler = field(default_factory=Sampler)
     convention: Literal["worldgym", "rehearsal"] = "rehearsal"  # action scaling, see `embodiments.py`
     alignment: Literal["leads_to", "worldgym_train"] = "leads_to"
     actions: Literal["commanded", "reached"] = "commanded"
+    # Data sets to train on: "one,two" (each counts by the clips it holds) or {one: weight, two: weight}; "": the lab's.
+    data: str | dict[str, float] = ""
+    latents: Literal["cached", "on_the_fly"] = "cached"  # frames encoded once, to disk, or whenever they are trained on
     clip_frames: int = 6
+    frame_skip: int | dict[str, int] = 1  # a clip shows every n-th frame; {name: n} by data set, 1 for the others
     contact_weight: float = 0.0  # how much more often clips are drawn in which an object moves all the time; 0: equally
     mirror: bool = True  # train on left-right mirrored clips as well
     own_frames: OwnFrames = field(default_factory=OwnFrames)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -46,6 +47,52 @@ def read_video(path: str | Path) -> np.ndarray:
     if not frames:
         raise UserError(f"{path}: holds no frame; delete it and run again")
     return np.stack(frames)
+
+
+def read_frames(path: str | Path, numbers: Sequence[int]) -> np.ndarray:
+    """The frames numbered `numbers`, in that order, as uint8 `(n, H, W, 3)` RGB: those that `read_video` gives, bit by bit.
+
+    Only what lies between the keyframe before the first of them and the last of them is decoded. Raises `UserError` naming
+    a missing or damaged file, or one that has no such frame.
+    """
+    import av
+
+    found: dict[int, np.ndarray] = {}
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            # Without seeking, whose precision depends on the container: packets are small, it is decoding that costs.
+            packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+            shown = sorted(packet.pts for packet in packets)
+            wanted = {shown[number]: int(number) for number in numbers if 0 <= number < len(shown)}
+            keys = [place for place, packet in enumerate(packets)
+                    if packet.is_keyframe and packet.pts <= min(wanted, default=0)]  # fmt: skip
+            for packet in [*packets[max(keys, default=0) :], None]:  # None: what the decoder still holds back
+                for frame in stream.decode(packet):
+                    if frame.pts in wanted:
+                        found[wanted[frame.pts]] = frame.to_ndarray(format="rgb24")
+                if len(found) == len(wanted):
+                    break
+    except (av.FFmpegError, IndexError, TypeError, OSError) as error:
+        raise UserError(f"{path}: not a readable video ({error}); delete it and run again") from error
+    missing = [int(number) for number in numbers if int(number) not in found]
+    if missing:
+        raise UserError(f"{path}: frame {missing[0]} cannot be read, of {len(shown)}; delete it and run again")
+    return np.stack([found[int(number)] for number in numbers])
+
+
+def probe_video(path: str | Path) -> tuple[int, int, int]:
+    """Number of frames, height and width, without decoding. Raises `UserError` naming a missing or damaged file."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+            return frames, stream.height, stream.width
+    except (av.FFmpegError, IndexError, OSError) as error:
+        raise UserError(f"{path}: not a readable video ({error}); delete it and run again") from error
 
 
 def write_gif(path: str | Path, frames: np.ndarray, fps: float, scale: int = 1) -> None:

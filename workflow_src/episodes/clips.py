@@ -1,11 +1,13 @@
-"""Training clips: which frames of which episode, and the actions that led to them.
+"""Training clips: which frames of which episode of which data set.
 
-A clip is `frames` consecutive frames of one episode. Clips start everywhere from frame 0 to the last frame that leaves
-room, so every frame is reachable; clips that open an episode, as every rollout does, are drawn more often.
+A clip is `frames` frames of one episode, every `skip`-th. Clips start everywhere from frame 0 to the last frame that leaves
+room, so every frame is reachable (of an episode with fewer than `skip` such starts, those that its clips show); clips that
+open an episode, as every rollout does, are drawn more often.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +21,8 @@ OPENING_SHARE = 0.15  # of the clips start at frame 0 on top of those that do so
 class Choice:
     """B chosen clips: `episode`, `start` int64 (B,) and `mirrored` bool (B,).
 
-    `own` int64 (B,): where in the model's own rollout of the episode the clip begins; -1: only recorded frames.
+    Episodes are numbered through over all data sets. `own` int64 (B,): where in the model's own rollout of the episode the
+    clip begins; -1: only recorded frames.
     """
 
     episode: np.ndarray
@@ -28,51 +31,86 @@ class Choice:
     own: np.ndarray | None = None
 
 
-class Clips:
-    """Clips of `frames` frames from `episodes` episodes of `length` frames each; `mirror`: half of them mirrored.
+class Starts:
+    """Where clips of `frames` frames can start in the episodes of one data set.
 
-    `weight (episodes, starts)`, positive: how often each clip is drawn relative to others; None: equally often.
+    `lengths` int64 (N,): frames of its episodes; `skip`: from one frame of a clip to the next. `count` int64 (N,): starts
+    per episode, 0 where it is too short. Raises UserError where no clip fits anywhere.
     """
 
-    def __init__(self, episodes: int, length: int, frames: int, mirror: bool, weight: np.ndarray | None = None) -> None:
-        if episodes < 1:
-            raise UserError("world_model: the training split holds no episode; raise episodes.splits.train.episodes")
-        if not 2 <= frames <= length:
+    def __init__(self, name: str, lengths: np.ndarray, frames: int, skip: int = 1) -> None:
+        if not len(lengths):
+            raise UserError(f"{name}: holds no episode; record more, or leave it out of world_model.data")
+        self.frames, self.skip = frames, skip
+        self.steps = (frames - 1) * skip  # from a clip's first frame to its last
+        self.count = np.maximum(lengths - self.steps, 0)
+        self._ends = np.cumsum(self.count)
+        if frames < 2 or not self.count.any():
+            every = f", every {skip}. one," if skip > 1 else ""
             raise UserError(
-                f"world_model.clip_frames: {frames} does not fit episodes of {length} frames; choose 2 to {length}"
+                f"world_model.clip_frames: {frames} frames{every} do not fit any of the {len(lengths)} episodes of {name}, of "
+                f"up to {lengths.max()} frames; choose 2 to {1 + (lengths.max() - 1) // skip}, or leave it out"
             )
-        self.episodes, self.starts, self.frames, self.mirror = episodes, length - frames + 1, frames, mirror
-        weight = np.ones((episodes, self.starts)) if weight is None else weight
-        self.reach = np.cumsum(weight) / weight.sum()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def too_short(self) -> int:
+        """Episodes in which no clip fits."""
+        return int((self.count == 0).sum())
+
+    def locate(self, clip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Episode and start of the clips numbered `clip`, int64 (B,): counted episode after episode."""
+        episode = np.searchsorted(self._ends, clip, side="right")
+        return episode, clip - (self._ends - self.count)[episode]
+
+
+class Clips:
+    """Clips of several data sets: one by its share, then one of its clips, equally often or by `weights`.
+
+    `shares (D,)` add up to 1. `weights`: per data set, positive, one for each of its clips; None: equally often. `mirror`:
+    half of the clips are mirrored.
+    """
+
+    def __init__(
+        self, starts: Sequence[Starts], shares: np.ndarray, mirror: bool, weights: Sequence[np.ndarray] | None = None
+    ) -> None:
+        self.starts, self.shares, self.mirror = starts, shares, mirror
+        weights = [np.ones(len(one)) for one in starts] if weights is None else weights
+        self._reach = [np.cumsum(weight) / weight.sum() for weight in weights]
+        self._bounds = np.concatenate([[0], np.cumsum(shares)])
+        self._first = np.concatenate([[0], np.cumsum([len(one.count) for one in starts])])
 
     def choose(self, draws: np.ndarray) -> Choice:
         """The clips that uniform `draws (B, 3)` in [0, 1) point at; a pure function, so resume and ranks agree."""
-        clip = np.minimum(np.searchsorted(self.reach, draws[:, 0], side="right"), len(self.reach) - 1)
-        episode, start = np.divmod(clip, self.starts)
+        source = np.minimum(np.searchsorted(self._bounds[1:], draws[:, 0], side="right"), len(self.starts) - 1)
+        episode, start = np.empty((2, len(draws)), np.int64)
+        for number, (starts, reach) in enumerate(zip(self.starts, self._reach)):
+            chosen = source == number
+            within = (draws[chosen, 0] - self._bounds[number]) / self.shares[number]
+            clip = np.minimum(np.searchsorted(reach, within, side="right"), len(reach) - 1)
+            episode[chosen], start[chosen] = starts.locate(clip)
+            episode[chosen] += self._first[number]
         start = np.where(draws[:, 1] < OPENING_SHARE, 0, start)
         return Choice(episode, start, (draws[:, 2] < 0.5) & self.mirror)
 
+    def sources(self, episode: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Data set and number within it, int64, of episodes numbered through."""
+        source = np.searchsorted(self._first, episode, side="right") - 1
+        return source, episode - self._first[source]
+
     def frame_numbers(self, choice: Choice) -> np.ndarray:
         """Frame numbers int64 (B, frames) of the chosen clips."""
-        return choice.start[:, None] + np.arange(self.frames)
+        skip = np.array([one.skip for one in self.starts])[self.sources(choice.episode)[0]]
+        return choice.start[:, None] + skip[:, None] * np.arange(self.starts[0].frames)
 
 
-def aligned_actions(actions: np.ndarray, alignment: str) -> np.ndarray:
-    """The action beside every frame: `actions (N, F-1, A)` -> float32 (N, F, A).
+def contact_weight(moved: np.ndarray, steps: int, weight: float) -> np.ndarray:
+    """Weights (starts,) of an episode's clips: 1, plus `weight` times the share of the clip's steps in which an object moved.
 
-    `leads_to`: frame t stands beside action t-1, which led to it; frame 0 beside zeros ("episode start").
-    `worldgym_train`: frame t stands beside action t, the last frame beside zeros.
+    `moved (F-1,)` bool says so for every step; a clip spans `steps` of them, and there is none in shorter episodes.
     """
-    if alignment not in ("leads_to", "worldgym_train"):
-        raise UserError(f"world_model.alignment: {alignment!r} is not one of leads_to, worldgym_train")
-    before = (1, 0) if alignment == "leads_to" else (0, 1)
-    return np.pad(actions.astype(np.float32), ((0, 0), before, (0, 0)))
-
-
-def contact_weight(moved: np.ndarray, frames: int, weight: float) -> np.ndarray:
-    """Weights (N, starts) of clips: 1, plus `weight` times the share of the clip's steps in which an object moved.
-
-    `moved (N, F-1)` bool says so for every step of every episode.
-    """
-    windows = np.lib.stride_tricks.sliding_window_view(moved.astype(np.float64), frames - 1, axis=1)
-    return 1 + weight * windows.mean(-1)
+    if len(moved) < steps:
+        return np.empty(0)
+    return 1 + weight * np.lib.stride_tricks.sliding_window_view(moved.astype(np.float64), steps).mean(-1)

@@ -7,15 +7,21 @@ Frames are lossless and addressed by index, never by seconds. Arrays of an episo
     expert  (F, K, 7)   what the expert would do at every frame, for each of the lab's K tasks
     state   (F, S)      physical state, see `tabletop/scene.py`
 
-WorldGym's folders (mp4 + npz with `arr_0`, no parquet) are readable as they are: their only array is `actions`.
+WorldGym's folders (mp4 + npz with `arr_0`, no parquet) are readable as they are: their only array is `actions` (F, 10), in
+world-model units, of which the last one leads nowhere.
+
+A store may hold more than fits into memory: `frames`, `read` and `arrays` take one episode. `load_all` is for small stores of
+equally long episodes.
 """
 
 from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +29,7 @@ import pandas as pd
 
 from workflow_src.common.errors import UserError
 from workflow_src.common.files import atomic_path, digest, sha256_file
-from workflow_src.common.video import read_video, write_video
+from workflow_src.common.video import probe_video, read_frames, read_video, write_video
 
 TABLE = "episodes.parquet"
 JOURNAL = "journal.jsonl"  # of the recorder; without a table beside it, the recording is not finished
@@ -82,6 +88,41 @@ class EpisodeStore:
     def __len__(self) -> int:
         return len(self.table)
 
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of the table, which lists all files' own. Without a table: digest of names, videos' sizes and arrays."""
+        path = self.root / TABLE
+        if path.is_file():
+            return sha256_file(path)
+        files = [episode_paths(self.root, self._index(i)) for i in range(len(self))]
+        return digest([[video.name, video.stat().st_size, sha256_file(data)] for video, data in files])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Frames of every episode, int64 (N,)."""
+        stated = self.table["frames"].to_numpy(np.int64)
+        return stated if stated.all() else self._probed[:, 0]
+
+    def image_size(self) -> tuple[int, int]:
+        """Rows and columns of the frames. Raises `UserError` naming the first video of another size than the others."""
+        sizes = self._probed[:, 1:]
+        if len(odd := np.flatnonzero((sizes != sizes[0]).any(1))):
+            raise self.other_size(int(odd[0]), tuple(sizes[odd[0]]), tuple(sizes[0]))
+        return int(sizes[0, 0]), int(sizes[0, 1])
+
+    def other_size(self, i: int, found: tuple[int, ...], expected: tuple[int, ...]) -> UserError:
+        """What to raise for an episode whose frames have another size (rows, columns) than the first episode's."""
+        path = episode_paths(self.root, self._index(i))[0]
+        return UserError(f"{path}: frames of {found[0]}x{found[1]} pixels where the store's first episode has "
+                         f"{expected[0]}x{expected[1]}; resize them all to one size")  # fmt: skip
+
+    @cached_property
+    def _probed(self) -> np.ndarray:
+        """Number of frames, rows and columns of every video, int64 (N, 3), from the videos' headers."""
+        paths = [episode_paths(self.root, self._index(i))[0] for i in range(len(self))]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            return np.array(list(pool.map(probe_video, paths)), np.int64).reshape(-1, 3)
+
     def frames(self, i: int) -> np.ndarray:
         """uint8 `(F, H, W, 3)`. Raises `UserError` naming a missing or damaged file."""
         path = episode_paths(self.root, self._index(i))[0]
@@ -91,6 +132,12 @@ class EpisodeStore:
         if expected and len(frames) != expected:
             raise UserError(f"{path}: {len(frames)} frames instead of {expected}; delete it and record again")
         return frames
+
+    def read(self, i: int, numbers: Sequence[int]) -> np.ndarray:
+        """The frames numbered `numbers` of an episode, uint8 `(n, H, W, 3)`; for a few frames faster than `frames`."""
+        path = episode_paths(self.root, self._index(i))[0]
+        self._verify(path, i, "sha256_video")
+        return read_frames(path, numbers)
 
     def arrays(self, i: int) -> dict[str, np.ndarray]:
         """The arrays by name, float32. Raises `UserError` naming a missing or damaged file."""

@@ -19,7 +19,6 @@ from torch import nn
 from workflow_src.common.files import write_text
 from workflow_src.common.progress import say
 from workflow_src.common.video import write_gif
-from workflow_src.episodes.latents import Latents
 from workflow_src.episodes.store import Arrays
 from workflow_src.world_model.artefact import Card, WorldModel
 from workflow_src.world_model.environment import imagine
@@ -31,9 +30,12 @@ WINDOW = 7  # side of SSIM's averaging window, pixels
 
 
 def validate(
-    folder: Path, network: nn.Module, card: Card, tokenizer: Path, episodes: Arrays, latents: Latents, seed: int
+    folder: Path, network: nn.Module, card: Card, tokenizer: Path, episodes: Arrays, latents: np.ndarray, seed: int
 ) -> list[dict[str, float]]:
-    """Replay up to 64 held-out episodes; write `validation.csv` and `samples/*.gif` into `folder`; return the rows."""
+    """Replay up to 64 held-out episodes; write `validation.csv` and `samples/*.gif` into `folder`; return the rows.
+
+    `latents (N, F, h, w, C)`: of the episodes' frames.
+    """
     device = next(network.parameters()).device
     model = WorldModel(card, network.eval(), load_tokenizer(tokenizer, device), "")
     count = min(EPISODES, len(episodes.images))
@@ -45,7 +47,7 @@ def validate(
     imagined = {name: imagine(model, truth[:, 0], actions, seed, range(count))
                 for name, actions in (("", recorded), ("_shuffled", shuffled), ("_still", still))}  # fmt: skip
     imagined["_frozen"] = truth[:, :1].repeat(truth.shape[1] - 1, axis=1)
-    flat = np.asarray(latents.plain[:count, 1:], np.float32)
+    flat = np.asarray(latents[:count, 1:], np.float32)
     imagined["_tokenizer"] = model.tokenizer.decode(flat.reshape(-1, *flat.shape[2:])).reshape(truth[:, 1:].shape)
     rows = compare(truth[:, 1:], imagined)
     _write_rows(folder / "validation.csv", rows)

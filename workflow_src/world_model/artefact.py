@@ -34,6 +34,17 @@ SHOWN = 5  # names listed in an error before it says how many more
 
 
 @dataclass(frozen=True)
+class Source:
+    """One data set that a world model was trained on."""
+
+    dataset: str
+    embodiment: str
+    control_hz: float  # as recorded
+    frame_skip: int  # every n-th recorded frame was shown: the model imagines control_hz / n frames a second
+    share: float  # of the training clips
+
+
+@dataclass(frozen=True)
 class Card:
     """What `config.json` holds."""
 
@@ -49,10 +60,15 @@ class Card:
     convention: Literal["worldgym", "rehearsal"] = "rehearsal"  # action scaling
     alignment: Literal["leads_to", "worldgym_train"] = "leads_to"  # which action stood beside a frame in training
     actions: Literal["commanded", "reached"] = "commanded"
-    control_hz: float = 5.0
+    control_hz: float = 5.0  # frames imagined per second of `embodiment`'s time
+    sources: tuple[Source, ...] = ()  # what it was trained on, the one of `embodiment` first; (): not known
     tokenizer: str = ""  # digest of the tokenizer's weights
     format: str = FORMAT
     provenance: dict[str, str] = field(default_factory=dict)
+
+    def steps(self, embodiment: str) -> int:
+        """Control steps of `embodiment` that lie between two imagined frames."""
+        return next((source.frame_skip for source in self.sources if source.embodiment == embodiment), 1)
 
 
 def identity(content: Mapping[str, Any]) -> str:

@@ -132,7 +132,8 @@ class WorldModelEnv(VectorEnv):
         converted = np.zeros((*actions.shape[:2], self.card.network.action_dim), np.float32)
         for embodiment in set(self.embodiments):
             rows = [place for place, name in enumerate(self.embodiments) if name == embodiment]
-            converted[rows] = embodiments.to_world_model(actions[rows], embodiment, self.card.convention)
+            steps = self.card.steps(embodiment)
+            converted[rows] = embodiments.to_world_model(actions[rows], embodiment, self.card.convention, steps)
         return torch.from_numpy(converted).to(self.device)
 
     def _noise(self, frame: int, frames: int) -> tuple[Tensor, Tensor]:

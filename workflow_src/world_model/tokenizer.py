@@ -35,13 +35,15 @@ class ImageTokenizer:
 
     A tokenizer says how many pixels a latent cell is wide (`downsample`), its `channels`, how many images it takes at once
     (`at_once`) and on which `device`, and turns tensors into each other in `_encode` and `_decode`. `digest` identifies its
-    weights; it is empty until they are loaded.
+    weights; it is empty until they are loaded. `scaled`: networks see its latents as they are; otherwise standardised by the
+    training data's statistics.
     """
 
     downsample: int
     channels: int
     at_once: int
     device: torch.device
+    scaled = False
     digest = ""
 
     def shape(self, height: int, width: int) -> tuple[int, int, int]:

@@ -57,6 +57,8 @@ class StableDiffusionTokenizer(ImageTokenizer):
 
     at_once = 16  # 256x256 pixels take about 1 GB
 
+    scaled = True
+
     def __init__(self, vae, identity: str) -> None:
         self.vae, self.digest = vae, identity
         self.scaling = float(vae.config.scaling_factor)
