@@ -18,8 +18,9 @@ from torch import nn
 from workflow_src.common.errors import UserError
 from workflow_src.common.sections import Training
 from workflow_src.training import checkpoint, randomness
+from workflow_src.training.distributed import Processes
 from workflow_src.training.engine import Engine
-from workflow_src.training.optimizers import hidden_matrices, orthogonalise, schedule
+from workflow_src.training.optimizers import Optimizers, hidden_matrices, orthogonalise, schedule, share_work
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
@@ -45,6 +46,15 @@ def main():
     engine.write_metrics(out.with_suffix(".csv"))
 
 run_cli(main)
+"""
+# Muon alone, on gradients that every process has; argv: folder for one file of weights per process.
+MUON = """
+import sys
+from safetensors.torch import save_file
+from tests.test_engine import muon_steps
+from workflow_src.training.distributed import join
+
+save_file(muon_steps(join()), f"{sys.argv[1]}/{join().rank}.safetensors")
 """
 CONFIG = Training(steps=24, batch=8, micro_batch=3, optimizer="muon", checkpoint_every=5, warmup=3, precision="fp32")
 
@@ -186,15 +196,19 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 # ---- real processes ----------------------------------------------------------------------------
 
 
-def start(tmp_path: Path, name: str, processes: int, delay: float, state: str = "") -> subprocess.Popen:
+def start(tmp_path: Path, name: str, processes: int, delay: float) -> subprocess.Popen:
+    return launch(tmp_path, TRAINER, processes, tmp_path / name, tmp_path / f"{name}.safetensors", delay)
+
+
+def launch(tmp_path: Path, content: str, processes: int, *arguments: object) -> subprocess.Popen:
     script = tmp_path / "trainer.py"
-    script.write_text(TRAINER)
+    script.write_text(content)
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    arguments = [str(script), str(tmp_path / (state or name)), str(tmp_path / f"{name}.safetensors"), str(delay)]
-    return subprocess.Popen([*launcher, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+    command = [*launcher, str(script), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -236,6 +250,38 @@ def test_two_processes_die_with_their_launcher_resume_exactly_and_train_as_one(t
     curve = np.genfromtxt(tmp_path / "whole.csv", delimiter=",", names=True)
     single, _ = train(tmp_path / "single")
     np.testing.assert_allclose(curve["loss"], [row["loss"] for row in single.history], atol=1e-3)
+
+
+def muon_steps(processes: Processes) -> dict[str, torch.Tensor]:
+    """State after three updates of matrices of several shapes by gradients that depend on the step alone."""
+    state = {}
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        shapes = [(48, 16), (16, 16), (64, 16), (16, 64)] * 3 + [(8, 4, 3, 3)]
+        net = nn.Module()
+        net.blocks = nn.ParameterList(torch.randn(shape) for shape in shapes)
+        optimizers = Optimizers(net, replace(CONFIG, precision=precision), processes)
+        for step in range(3):
+            for parameter in net.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizers.step(step)
+        tensors = {**net.state_dict(), **optimizers.tensors()}
+        state |= {f"{precision}.{name}": value.detach() for name, value in tensors.items()}
+    return state
+
+
+def test_processes_that_share_muons_work_get_bitwise_the_weights_of_one(tmp_path):
+    alone = muon_steps(Processes(0, 1, torch.device("cpu")))
+    assert launch(tmp_path, MUON, 3, tmp_path).wait(60) == 0
+    for rank in range(3):
+        shared = load_file(tmp_path / f"{rank}.safetensors")
+        assert shared.keys() == alone.keys() and all(torch.equal(shared[name], alone[name]) for name in alone)
+
+
+def test_muons_work_is_shared_by_its_cost():
+    assert share_work([(16, 16)] * 3, 1) == [0, 0, 0]
+    assert share_work([(16, 16), (64, 16), (16, 16), (16, 16), (16, 16)], 2) == [1, 0, 1, 1, 1]
+    assert share_work([(16, 16)], 2) == [0]
 
 
 def _children(pid: int) -> list[int]:

@@ -68,6 +68,26 @@ class Processes:
         for tensor in tensors if self.size > 1 else []:
             dist.broadcast(tensor, 0)
 
+    def exchange(self, tensors: list[torch.Tensor], owners: list[int], dtype: torch.dtype) -> None:
+        """Give every process the owner's values of each tensor, in place, in one collective.
+
+        `owners`: a rank for each tensor, the same list everywhere. The values travel as `dtype`, which must hold them.
+        """
+        if self.size == 1:
+            return
+        held = [[tensor for tensor, owner in zip(tensors, owners) if owner == rank] for rank in range(self.size)]
+        lengths = [sum(tensor.numel() for tensor in part) for part in held]
+        own = torch.zeros(max(lengths), dtype=dtype, device=self.device)
+        if held[self.rank]:
+            torch.cat([tensor.flatten() for tensor in held[self.rank]], out=own[: lengths[self.rank]])
+        every = torch.empty(self.size, len(own), dtype=dtype, device=self.device)
+        # As bytes: not every version of gloo knows bfloat16.
+        dist.all_gather([row.view(torch.uint8) for row in every], own.view(torch.uint8))
+        for rank, (part, row) in enumerate(zip(held, every)):
+            if rank != self.rank and part:
+                pieces = row[: lengths[rank]].split([tensor.numel() for tensor in part])
+                torch._foreach_copy_(part, [piece.view_as(tensor) for piece, tensor in zip(pieces, part)])
+
 
 @functools.cache
 def join() -> Processes:

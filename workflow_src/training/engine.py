@@ -67,7 +67,7 @@ class Engine:
             [tensor.detach() for tensor in (*self.model.parameters(), *self.model.buffers())]
         )
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.optimizers = Optimizers(self.model, config)
+        self.optimizers = Optimizers(self.model, config, self.processes)
         self.step, self.history = 0, []
         self._names: list[str] = []
         self._pending: list[Tensor] = []
