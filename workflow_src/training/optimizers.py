@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from workflow_src.common.compute import uses_bf16
 from workflow_src.common.sections import Training
 from workflow_src.training.distributed import Processes
+from workflow_src.training.sharding import like
 
 # Quintic Newton-Schulz coefficients of the reference implementation: steepest at zero, singular values end near 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -166,5 +167,6 @@ class Optimizers:
                 value = state.get(f"adamw.{key}.{name}")
                 if value is not None:
                     # The fused optimiser pairs moments with weights by memory order, so moments take the weights' layout.
-                    like = parameter if value.shape == parameter.shape else value
-                    self.adamw.state[parameter][key] = torch.empty_like(like, device=parameter.device).copy_(value)
+                    target = parameter if value.shape == parameter.shape else value
+                    target = torch.empty_like(target, device=parameter.device)
+                    self.adamw.state[parameter][key] = target.copy_(like(value, target))
