@@ -1,8 +1,8 @@
 """Train the world model on cached latents, validate it on held-out action replays, write the artefact.
 
-Writes beside `--out` (`model.safetensors`, last): `config.json`, `tokenizer/`, `metrics.csv`, `loss.png`,
-`validation.csv` (PSNR and SSIM by horizon, for the model, for the frozen first frame and for other actions) and
-`samples/*.gif` (truth | imagined).
+Writes beside `--out` (`model.safetensors`, last): `config.json`, `tokenizer/`, `metrics.csv`, `loss.png`, `events/` for
+TensorBoard, `validation.csv` and `mse.png` (MSE, PSNR, SSIM and LPIPS by horizon, for the model, for the frozen first frame
+and for other actions) and `samples/*.gif` (truth | imagined).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from workflow_src import embodiments
 from workflow_src.common.config import Stage, load_stage
-from workflow_src.common.errors import UserError, run_cli
+from workflow_src.common.errors import UserError
 from workflow_src.common.files import digest, sha256_file
 from workflow_src.common.provenance import record
 from workflow_src.common.sections import WorldModel
@@ -25,9 +25,10 @@ from workflow_src.episodes.clips import Choice, Clips, aligned_actions, contact_
 from workflow_src.episodes.latents import Latents, load_latents
 from workflow_src.episodes.store import Arrays, EpisodeStore
 from workflow_src.training import randomness, replay
-from workflow_src.training.distributed import join, leave
+from workflow_src.training.distributed import join, leave, run_training
 from workflow_src.training.engine import Engine
 from workflow_src.training.own_frames import OwnFrames
+from workflow_src.training.plots import plot_loss
 from workflow_src.world_model.artefact import Card, build_network, save_artefact
 from workflow_src.world_model.diffusion import Objective
 
@@ -55,25 +56,39 @@ def main() -> None:
     torch.manual_seed(derive(stage.seed, "world_model", "weights"))
     identity = digest([stage.digest, latents.tokenizer, latents.episodes])
     loss.show_own_frames(arguments.state, identity)
+    folder, training = arguments.out.parent, stage.world_model.training
+    network = build_network(card)
+    validation = _validation(arguments, card, latents, loss) if processes.first else None
+
+    def validate(step: int, network: nn.Module) -> None:
+        engine.events.add(step, "validation", replay.summary(validation(network)))
+
+    every = training.validate_every
     engine = Engine(
-        build_network(card), loss, stage.world_model.training, seed=loss.seed, state=arguments.state, digest=identity,
-        label="world model", describe=loss.describe, prepare=loss.prepare,
+        network, loss, training, seed=loss.seed, state=arguments.state, digest=identity, label="world model",
+        describe=loss.describe, prepare=loss.prepare if loss.own else None, frames=card.frames, events=folder / "events",
+        hooks=dict.fromkeys(range(every, training.steps, every), validate) if every else {},
     )  # fmt: skip
     network = engine.run()
     if processes.first:
-        held_out = EpisodeStore(arguments.validation_episodes.parent).load_all()
-        validation = _latents(arguments.validation, arguments.validation_episodes)
-        if validation.tokenizer != latents.tokenizer:
-            raise UserError(f"{arguments.validation}: made by another tokenizer than {arguments.latents}; delete both")
-        folder = arguments.out.parent
-        folder.mkdir(parents=True, exist_ok=True)
         engine.write_metrics(folder / "metrics.csv")
         plot_loss(folder / "loss.png", engine.history)
-        replay.validate(folder, network, card, arguments.tokenizer, held_out, validation, seed=loss.seed)
+        validate(training.steps, network)
         save_artefact(folder, network, card, arguments.tokenizer)
         loss.forget_own_frames()
     processes.barrier()
     leave()
+
+
+def _validation(
+    arguments: argparse.Namespace, card: Card, latents: Latents, loss: DiffusionForcing
+) -> replay.Validation:
+    held_out = EpisodeStore(arguments.validation_episodes.parent).load_all()
+    cached = _latents(arguments.validation, arguments.validation_episodes)
+    if cached.tokenizer != latents.tokenizer:
+        raise UserError(f"{arguments.validation}: made by another tokenizer than {arguments.latents}; delete both")
+    folder = arguments.out.parent
+    return replay.Validation(folder, card, arguments.tokenizer, held_out, cached, loss.seed, loss.device)
 
 
 def _arguments() -> argparse.Namespace:
@@ -211,24 +226,5 @@ class DiffusionForcing:
         return torch.from_numpy(np.ascontiguousarray(value)).to(self.device, non_blocking=True)
 
 
-def plot_loss(path: Path, history: list[dict[str, float]]) -> None:
-    """Training loss against steps, logarithmic."""
-    from matplotlib.figure import Figure
-
-    from workflow_src.common.files import atomic_path
-
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    steps, losses = ([row[name] for row in history] for name in ("step", "loss"))
-    axes.plot(steps, losses, color="0.75", linewidth=0.8, label="logged")
-    if len(losses) > 20:
-        width = len(losses) // 20
-        axes.plot(steps[width - 1 :], np.convolve(losses, np.ones(width) / width, "valid"), label="running mean")
-    axes.set(xlabel="step", ylabel="training loss", yscale="log")
-    axes.legend(frameon=False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-
-
 if __name__ == "__main__":
-    run_cli(main)
+    run_training(main)
