@@ -14,7 +14,8 @@ ENVIRONMENTS = {
     "base": (
         "Everything but the policies: simulator, training, judging, analysis.",
         ["av", "diffusers", "einops", "gymnasium", "imageio", "ipykernel", "msgpack", "mujoco", "nbconvert", "numpy",
-         "pandas", "papermill", "pillow", "pyarrow", "PyYAML", "requests", "safetensors", "scipy", "seaborn", "torch",
+         "pandas", "papermill", "pillow", "pyarrow", "PyYAML", "requests", "safetensors", "scipy", "seaborn", "tensorboard",
+         "torch",
          "websockets"],
     ),
     "tabletop": (

@@ -73,8 +73,11 @@ rule train_world_model:
     params:
         state=f"{results}/state/world_model",
         tokenizer=f"{results}/tokenizer",
+    # A lost process: all of them start again from the checkpoint. Without the variable they would look for each other at the
+    # addresses of before (pytorch issue 135712).
     shell:
-        "torchrun --standalone --nproc-per-node={threads} -m workflow_src.training.world_model"
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        " torchrun --standalone --max-restarts=3 --nproc-per-node={threads} -m workflow_src.training.world_model"
         " --config {input.config} --latents {input.latents} --episodes {input.episodes:q}"
         " --validation {input.validation} --validation-episodes {input.validation_episodes:q}"
         " --tokenizer {params.tokenizer} --out {output} --state {params.state} 2>&1 | tee {log}"

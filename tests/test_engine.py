@@ -18,33 +18,50 @@ from torch import nn
 from workflow_src.common.errors import UserError
 from workflow_src.common.sections import Training
 from workflow_src.training import checkpoint, randomness
+from workflow_src.training.distributed import Processes
 from workflow_src.training.engine import Engine
-from workflow_src.training.optimizers import hidden_matrices, orthogonalise, schedule
+from workflow_src.training.optimizers import Optimizers, hidden_matrices, orthogonalise, schedule, share_work
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
 
-# A trainer as the stages are: a module that runs alone or under torchrun. argv: state, out, seconds per step.
+# A trainer as the stages are: a module that runs alone or under torchrun. argv: state, out, seconds per step, and the step at
+# which process 1 dies unless it was restarted (-1: the configuration is wrong).
 TRAINER = """
-import sys, time
+import os, signal, sys, time
 from pathlib import Path
 from safetensors.torch import save_file
-from workflow_src.common.errors import run_cli
-from tests.test_engine import CONFIG, model, loss
+from workflow_src.common.errors import UserError
+from workflow_src.training.distributed import join, leave, run_training
 from workflow_src.training.engine import Engine
+from tests.test_engine import CONFIG, model, loss
 
 def main():
-    state, out, delay = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
-    def slow(*arguments):
+    state, out, delay, fatal = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
+    def slow(net, step, samples):
         time.sleep(delay)
-        return loss(*arguments)
+        if fatal < 0:
+            raise UserError("training.batch: no good")
+        if step == fatal and join().rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss(net, step, samples)
     engine = Engine(model(), slow, CONFIG, seed=0, state=state, digest="d", label="toy")
     ema = engine.run()
     if engine.processes.first:
         save_file({**engine.model.state_dict(), **{f"ema.{k}": v for k, v in ema.state_dict().items()}}, out)
     engine.write_metrics(out.with_suffix(".csv"))
+    leave()
 
-run_cli(main)
+run_training(main)
+"""
+# Muon alone, on gradients that every process has; argv: folder for one file of weights per process.
+MUON = """
+import sys
+from safetensors.torch import save_file
+from tests.test_engine import muon_steps
+from workflow_src.training.distributed import join
+
+save_file(muon_steps(join()), f"{sys.argv[1]}/{join().rank}.safetensors")
 """
 CONFIG = Training(steps=24, batch=8, micro_batch=3, optimizer="muon", checkpoint_every=5, warmup=3, precision="fp32")
 
@@ -159,7 +176,9 @@ def test_hooks_see_the_average_at_their_step_and_training_learns(tmp_path):
     assert not ema.training and engine.history[-1]["loss"] < 0.6 * engine.history[0]["loss"]
     engine.write_metrics(tmp_path / "metrics.csv")
     header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
-    assert header.split(",") == ["step", "loss", "largest", "gradient_norm", "lr", "seconds"]
+    assert header.split(",") == [
+        "step", "loss", "largest", "gradient_norm", "lr", "seconds", "frames_per_second", "mfu",
+    ]  # fmt: skip
     assert rows[-1].startswith("300,")
 
 
@@ -172,6 +191,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_hurt(tmp_path):
         train(tmp_path, loss=bad, describe=lambda step, samples: {"episode": [int(s) * 10 for s in samples]})
     report = json.loads((tmp_path / "not_finite_step_000000007.json").read_text())
     assert report["step"] == 7 and report["batch"]["episode"] == [0, 10, 20, 30, 40, 50, 60, 70]
+    shown = load_file(tmp_path / "not_finite_step_000000007.rank0.safetensors")
+    assert sorted(shown) == ["sample_0.input", "sample_3.input", "sample_6.input"]
+    np.testing.assert_array_equal(shown["sample_6.input"], randomness.normal(0, 7, [6, 7], (8,)))
     kept = checkpoint.load_newest(tmp_path, "d")
     assert kept.step == 5 and all(bool(torch.isfinite(value).all()) for value in kept.tensors.values())
 
@@ -186,15 +208,24 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 # ---- real processes ----------------------------------------------------------------------------
 
 
-def start(tmp_path: Path, name: str, processes: int, delay: float, state: str = "") -> subprocess.Popen:
+def start(
+    tmp_path: Path, name: str, processes: int, delay: float = 0, fatal: int = 1000, restarts: int = 0
+) -> subprocess.Popen:
+    out = tmp_path / f"{name}.safetensors"
+    return launch(tmp_path, TRAINER, processes, tmp_path / name, out, delay, fatal, restarts=restarts)
+
+
+def launch(tmp_path: Path, content: str, processes: int, *arguments: object, restarts: int = 0) -> subprocess.Popen:
     script = tmp_path / "trainer.py"
-    script.write_text(TRAINER)
+    script.write_text(content)
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    arguments = [str(script), str(tmp_path / (state or name)), str(tmp_path / f"{name}.safetensors"), str(delay)]
-    return subprocess.Popen([*launcher, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+        launcher += [f"--max-restarts={restarts}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                   "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # fmt: skip
+    command = [*launcher, str(script), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -221,8 +252,11 @@ def test_sigterm_leaves_a_checkpoint_and_resume_is_exact(tmp_path):
     assert equal(whole, again)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="process tables are read from /proc")
-def test_two_processes_die_with_their_launcher_resume_exactly_and_train_as_one(tmp_path):
+needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="process tables are read from /proc")
+
+
+@needs_proc
+def test_two_processes_die_with_their_launcher_resume_or_restart_exactly_and_train_as_one(tmp_path):
     launcher = start(tmp_path, "killed", 2, 0.3)
     wait_for(lambda: list((tmp_path / "killed").glob("step_*.json")))
     workers = _children(launcher.pid)
@@ -230,12 +264,53 @@ def test_two_processes_die_with_their_launcher_resume_exactly_and_train_as_one(t
     launcher.kill()
     launcher.wait(10)
     wait_for(lambda: not any(_alive(pid) for pid in workers), 15)
-    for name in ("killed", "whole"):
-        assert start(tmp_path, name, 2, 0).wait(60) == 0
+    for name, options in {"killed": {}, "whole": {}, "restarted": {"fatal": 13, "restarts": 1}}.items():
+        assert start(tmp_path, name, 2, **options).wait(60) == 0
     assert same_file(tmp_path / "killed.safetensors", tmp_path / "whole.safetensors")
+    assert same_file(tmp_path / "restarted.safetensors", tmp_path / "whole.safetensors")
     curve = np.genfromtxt(tmp_path / "whole.csv", delimiter=",", names=True)
     single, _ = train(tmp_path / "single")
     np.testing.assert_allclose(curve["loss"], [row["loss"] for row in single.history], atol=1e-3)
+
+
+@needs_proc
+def test_a_mistake_is_not_tried_again(tmp_path):
+    run = start(tmp_path, "wrong", 2, fatal=-1, restarts=3)
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode != 0
+    assert 1 <= said.count("error: training.batch: no good") <= 2  # at most once per process
+
+
+def muon_steps(processes: Processes) -> dict[str, torch.Tensor]:
+    """State after three updates of matrices of several shapes by gradients that depend on the step alone."""
+    state = {}
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        shapes = [(48, 16), (16, 16), (64, 16), (16, 64)] * 3 + [(8, 4, 3, 3)]
+        net = nn.Module()
+        net.blocks = nn.ParameterList(torch.randn(shape) for shape in shapes)
+        optimizers = Optimizers(net, replace(CONFIG, precision=precision), processes)
+        for step in range(3):
+            for parameter in net.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizers.step(step)
+        tensors = {**net.state_dict(), **optimizers.tensors()}
+        state |= {f"{precision}.{name}": value.detach() for name, value in tensors.items()}
+    return state
+
+
+def test_processes_that_share_muons_work_get_bitwise_the_weights_of_one(tmp_path):
+    alone = muon_steps(Processes(0, 1, torch.device("cpu")))
+    assert launch(tmp_path, MUON, 3, tmp_path).wait(60) == 0
+    for rank in range(3):
+        shared = load_file(tmp_path / f"{rank}.safetensors")
+        assert shared.keys() == alone.keys() and all(torch.equal(shared[name], alone[name]) for name in alone)
+
+
+def test_muons_work_is_shared_by_its_cost():
+    assert share_work([(16, 16)] * 3, 1) == [0, 0, 0]
+    assert share_work([(16, 16), (64, 16), (16, 16), (16, 16), (16, 16)], 2) == [1, 0, 1, 1, 1]
+    assert share_work([(16, 16)], 2) == [0]
 
 
 def _children(pid: int) -> list[int]:

@@ -7,7 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from tests.test_engine_at_scale import points
 from tests.test_tokenizer import CONFIG, moving_squares, run_cli, write_store
 from workflow_src.common import sections
 from workflow_src.common.config import to_dict
@@ -83,12 +85,37 @@ def test_the_command_line_leaves_a_whole_artefact(prepared, monkeypatch):
     assert int(rows[-1]["step"]) == 40 and float(rows[-1]["loss"]) < float(rows[0]["loss"])
     scores = list(csv.DictReader((out.parent / "validation.csv").open()))
     assert [int(row["horizon"]) for row in scores] == [1, 2, 3, 4, 5]
-    assert {"psnr", "ssim", "psnr_frozen", "psnr_shuffled", "psnr_still", "psnr_tokenizer"} <= scores[0].keys()
-    assert len(list((out.parent / "samples").glob("*.gif"))) == 4 and (out.parent / "loss.png").stat().st_size > 1000
+    compared = {"", "_frozen", "_shuffled", "_still", "_tokenizer"}  # nothing was dropped, so no `_null`
+    assert scores[0].keys() == {"horizon", *(f"{m}{name}" for m in ("mse", "psnr", "ssim") for name in compared)}
+    assert len(list((out.parent / "samples").glob("*.gif"))) == 4
+    assert all((out.parent / name).stat().st_size > 1000 for name in ("loss.png", "mse.png"))
     weights = out.read_bytes()
     out.unlink()
     run_cli(monkeypatch, world_model, **flags, out=out, state=root / "state")
     assert out.read_bytes() == weights
+
+
+def test_validations_in_training_are_curves_and_change_no_weight(prepared, monkeypatch, tmp_path):
+    _, flags = prepared
+    stage = json.loads(flags["config"].read_text())
+    stage["world_model"]["objective"]["action_dropout"] = 0.1
+    weights = {}
+    for every in (0, 15):
+        stage["world_model"]["training"] |= {"validate_every": every, "steps": 30}
+        config, folder = tmp_path / f"{every}.json", tmp_path / str(every)
+        config.write_text(json.dumps(stage))
+        out = folder / "model.safetensors"
+        run_cli(monkeypatch, world_model, **{**flags, "config": config}, out=out, state=folder / "state")
+        weights[every] = load_file(out)
+    curve = points(folder / "events")
+    assert curve["validation/mse"] == curve["validation/psnr_null"] == [15, 30]
+    assert curve["training/loss"] == list(range(1, 31))
+    assert all(torch.equal(weights[0][name], weights[15][name]) for name in weights[0])
+    # One training, done in two manners: either goes on where the other stopped.
+    one, other = (world_model.load_stage(tmp_path / f"{every}.json").digest for every in (0, 15))
+    stage["world_model"]["training"]["lr"] *= 2
+    config.write_text(json.dumps(stage))
+    assert one == other != world_model.load_stage(config).digest
 
 
 def test_a_clip_shows_the_action_that_led_to_each_frame(prepared):

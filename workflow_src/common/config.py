@@ -19,7 +19,7 @@ import yaml
 
 from workflow_src.common.errors import UserError, run_cli
 from workflow_src.common.files import digest, write_if_changed
-from workflow_src.common.sections import Config
+from workflow_src.common.sections import MANNER, Config
 
 SCHEMA = Path(__file__).resolve().parents[2] / "config" / "schema.json"
 T = TypeVar("T")
@@ -132,11 +132,11 @@ def load(path: str | Path) -> Config:
 
 
 class Stage:
-    """Typed attribute access to the sections in a stage file; `digest` identifies its content."""
+    """Typed attribute access to the sections in a stage file; `digest` identifies what comes out of it."""
 
     def __init__(self, path: Path, content: dict[str, Any]):
         self._path = path
-        self.digest = digest(content)
+        self.digest = digest(_without_manner(content))
         hints = typing.get_type_hints(Config)
         for name, value in content.items():
             check_name(str(path), name, hints)
@@ -144,6 +144,16 @@ class Stage:
 
     def __getattr__(self, name: str) -> Any:
         raise UserError(f"{self._path}: has no section {name!r}; it was written for another stage")
+
+
+def _without_manner(content: Any) -> Any:
+    """`content` without the fields of every `training` that change nothing but the way there."""
+    if not isinstance(content, dict):
+        return content
+    plain = {name: _without_manner(value) for name, value in content.items()}
+    if isinstance(training := plain.get("training"), dict):
+        plain["training"] = {name: value for name, value in training.items() if name not in MANNER}
+    return plain
 
 
 def load_stage(path: str | Path) -> Stage:

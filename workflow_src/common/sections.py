@@ -51,6 +51,10 @@ class Episodes:
     )
 
 
+# Fields of `Training` that say how it is done and not what comes out, rounding aside: its checkpoints outlive their change.
+MANNER = ("validate_every", "activation_checkpointing", "compile", "shard")
+
+
 @dataclass(frozen=True)
 class Training:
     """One optimisation run. All loops share the engine in `training/engine.py`, so all share these fields."""
@@ -72,6 +76,10 @@ class Training:
     checkpoint_every: int = 250  # steps
     keep: int = 2  # checkpoints kept
     recipe: int = 1  # raise on purpose when the training code changed and old artefacts should be made anew
+    validate_every: int = 0  # steps between validations of a world model in training; 0: once, at the end
+    activation_checkpointing: bool = False  # compute the blocks' activations again in the backward pass: saves memory
+    compile: bool = False  # torch.compile of the network's blocks
+    shard: bool = False  # weights, gradients and AdamW's state split over the processes (FSDP2): models beyond one GPU
 
 
 @dataclass(frozen=True)

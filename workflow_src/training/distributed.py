@@ -10,6 +10,7 @@ import functools
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from workflow_src.common.compute import configure_torch
+from workflow_src.common.errors import run_cli
 from workflow_src.common.process import die_with_parent
 
 BUCKET = 1 << 25  # numbers per reduction: large enough for bandwidth, small beside the gradients themselves
@@ -66,7 +68,29 @@ class Processes:
     def copy_from_first(self, tensors: list[torch.Tensor]) -> None:
         """Give every process rank 0's values."""
         for tensor in tensors if self.size > 1 else []:
-            dist.broadcast(tensor, 0)
+            there = tensor.to(self.device)
+            dist.broadcast(there, 0)
+            tensor.copy_(there)
+
+    def exchange(self, tensors: list[torch.Tensor], owners: list[int], dtype: torch.dtype) -> None:
+        """Give every process the owner's values of each tensor, in place, in one collective.
+
+        `owners`: a rank for each tensor, the same list everywhere. The values travel as `dtype`, which must hold them.
+        """
+        if self.size == 1:
+            return
+        held = [[tensor for tensor, owner in zip(tensors, owners) if owner == rank] for rank in range(self.size)]
+        lengths = [sum(tensor.numel() for tensor in part) for part in held]
+        own = torch.zeros(max(lengths), dtype=dtype, device=self.device)
+        if held[self.rank]:
+            torch.cat([tensor.flatten() for tensor in held[self.rank]], out=own[: lengths[self.rank]])
+        every = torch.empty(self.size, len(own), dtype=dtype, device=self.device)
+        # As bytes: not every version of gloo knows bfloat16.
+        dist.all_gather([row.view(torch.uint8) for row in every], own.view(torch.uint8))
+        for rank, (part, row) in enumerate(zip(held, every)):
+            if rank != self.rank and part:
+                pieces = row[: lengths[rank]].split([tensor.numel() for tensor in part])
+                torch._foreach_copy_(part, [piece.view_as(tensor) for piece, tensor in zip(pieces, part)])
 
 
 @functools.cache
@@ -74,7 +98,8 @@ def join() -> Processes:
     """Join the process group that `torchrun` describes in the environment; alone without it. Idempotent.
 
     Uses NCCL on GPUs and gloo on CPUs. `REHEARSAL_GROUP_TIMEOUT` (seconds, default 1800) bounds the wait for a process
-    that no longer answers. From here on this process dies with its launcher.
+    that no longer answers; then, and when another process is lost, this one ends with an error. From here on it dies with
+    its launcher.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     die_with_parent(_launcher(), on_death=_last_words)
@@ -87,8 +112,11 @@ def join() -> Processes:
         # Two full thread pools on the same cores run many times slower than one.
         torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // local)))
         timeout = datetime.timedelta(seconds=float(os.environ.get("REHEARSAL_GROUP_TIMEOUT", "1800")))
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        if not dist.is_initialized() and device.type == "cuda":
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # end the process, do not wait for ever
+            dist.init_process_group("nccl", timeout=timeout, device_id=device)
+        elif not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timeout)
     return Processes(rank, size, device)
 
 
@@ -96,6 +124,16 @@ def _last_words() -> None:
     """The parent died: ask the engine for a checkpoint, and wait a moment for it."""
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)
+
+
+def run_training(main: Callable[[], None]) -> None:
+    """`run_cli` for trainings: a mistake (exit code 2) stops `torchrun` as well, for a restart would only repeat it."""
+    try:
+        run_cli(main)
+    except SystemExit as leaving:
+        if leaving.code == 2 and "TORCHELASTIC_RUN_ID" in os.environ:
+            os.kill(os.getppid(), signal.SIGTERM)
+        raise
 
 
 def leave() -> None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import functools
+import inspect
 import io
 import json
 import math
@@ -23,17 +25,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from workflow_src.common.compute import autocast
 from workflow_src.common.errors import UserError
-from workflow_src.common.files import write_text
+from workflow_src.common.files import atomic_path, write_text
 from workflow_src.common.progress import Progress
 from workflow_src.common.sections import Training
 from workflow_src.common.seeds import derive
-from workflow_src.training import checkpoint
+from workflow_src.training import checkpoint, sharding
+from workflow_src.training.blocks import wrap_blocks
 from workflow_src.training.distributed import join
 from workflow_src.training.optimizers import Optimizers
+from workflow_src.training.telemetry import Events, Speed, count_flops, peak_flops, speed_note
 
 Loss = Callable[[nn.Module, int, np.ndarray], dict[str, Tensor]]
 Hook = Callable[[int, nn.Module], None]
@@ -49,25 +54,25 @@ class Engine:
     once `s` updates are done, before the checkpoint of that step. `prepare(step, ema)` runs on every process before update
     number `step`; what it makes must follow from its arguments or lie on disk. `describe(step, samples)` gives, JSON-able,
     what a batch consisted of; it is saved when the loss is no longer finite. `state` belongs to this training; checkpoints
-    of another `digest` in it are ignored and removed.
+    of another `digest` in it are ignored and removed. `frames`: in one sample, for the speed that is shown. `events`:
+    folder of TensorBoard files. With `config.shard` and several processes `model` and `ema` are split; hooks and the
+    caller of `run` get the average whole.
     """
 
     def __init__(self, model: nn.Module, loss: Loss, config: Training, *, seed: int, state: Path, digest: str,
                  label: str, hooks: Mapping[int, Hook] | None = None,
-                 describe: Callable[[int, np.ndarray], object] | None = None,
-                 prepare: Hook | None = None):  # fmt: skip
+                 describe: Callable[[int, np.ndarray], object] | None = None, prepare: Hook | None = None,
+                 frames: int = 1, events: Path | None = None):  # fmt: skip
         self.processes = join()
         self.config, self.seed, self.label = config, seed, label
-        self.state, self.digest = Path(state), digest
+        self.state, self.digest, self.frames = Path(state), digest, frames
         self.loss, self.hooks, self.describe, self.prepare = loss, dict(hooks or {}), describe, prepare
+        self.events = Events(events if self.processes.first else None)
         self.samples = _share(config.batch, self.processes.rank, self.processes.size)
-        self.model = model.to(self.processes.device).train()
+        self.sharded = config.shard and self.processes.size > 1
+        self._place(model)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.processes.copy_from_first(
-            [tensor.detach() for tensor in (*self.model.parameters(), *self.model.buffers())]
-        )
-        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.optimizers = Optimizers(self.model, config)
+        self.optimizers = Optimizers(self.model, config, self.processes)
         self.step, self.history = 0, []
         self._names: list[str] = []
         self._pending: list[Tensor] = []
@@ -75,6 +80,22 @@ class Engine:
         self._terminated = False  # this process got SIGTERM
         self._stop = False  # all processes know of it
         self._seconds, self._lr = 0.0, 0.0
+        self._speed: Speed | None = None
+
+    def _place(self, model: nn.Module) -> None:
+        """Equal weights on all processes' devices, whole or in shards, and the average beside them."""
+        if self.sharded:
+            sharding.check(self.config, self.prepare is not None)
+        else:  # a model to be sharded goes to the device in pieces
+            model.to(self.processes.device)
+        self.model = model.train()
+        self.processes.copy_from_first([tensor.detach() for tensor in (*model.parameters(), *model.buffers())])
+        self.ema = copy.deepcopy(model).requires_grad_(False).eval()
+        wrap_blocks(self.model, self.config)
+        if self.sharded:
+            self._outline = sharding.outline(self.ema)
+            sharding.shard(self.model, self.processes)
+            sharding.shard(self.ema, self.processes)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -84,6 +105,7 @@ class Engine:
         On SIGTERM: writes a checkpoint and leaves by `SystemExit(143)`.
         """
         self._resume()
+        self._open_events()
         progress = Progress(self.config.steps, self.label, every=5.0 if self.processes.first else math.inf)
         progress.skip(self.step)
         with self._stop_on_sigterm(), progress if self.processes.first else contextlib.nullcontext():
@@ -91,22 +113,27 @@ class Engine:
                 started = time.monotonic()
                 if self.prepare is not None:
                     self.prepare(self.step, self.ema)
+                self._speed = self._speed or self._measure()
                 self._update()
                 self._seconds += time.monotonic() - started
-                progress.update(1, f"loss {self.history[-1]['loss']:.4f}" if self.history else "")
+                if self._milestone(self.step):
+                    self._log()
+                progress.update(1, self._note())
                 if self.step in self.hooks:
-                    self._alone(lambda: self.hooks[self.step](self.step, self.ema))
+                    self._alone(functools.partial(self.hooks[self.step], self.step, self._whole_average()))
                 due = self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps
                 if due or self._stop:
                     self._save()
                 if self._stop or (self._terminated and self.step == self.config.steps):
                     raise SystemExit(143)
+        self.ema = self._whole_average()
         return self.ema
 
     def _update(self) -> None:
         totals = self._accumulate()
-        self.processes.sum_all_([parameter.grad for parameter in self.parameters])
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip, foreach=True)
+        if not self.sharded:
+            self.processes.sum_all_([parameter.grad for parameter in self.parameters])
+        norm = sharding.whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip, foreach=True))
         # The stop flag travels with the metrics: all processes leave at the same step.
         shared = norm.detach().float().reshape(1) / self.processes.size
         flag = torch.tensor([float(self._terminated)], device=shared.device)
@@ -121,23 +148,21 @@ class Engine:
         self._lr = self.config.lr * self.optimizers.step(self.step)
         self._average()
         self.step += 1
-        if self._milestone(self.step):
-            self._log()
 
     def _accumulate(self) -> Tensor:
         """Gradients of this process's share of the global batch; its part of the metrics' means."""
         for parameter in self.parameters:
             parameter.grad = None
         totals: Tensor | float = 0.0
-        micro = self.config.micro_batch or len(self.samples)
-        for start in range(0, len(self.samples), micro):
-            samples = self.samples[start : start + micro]
+        # Sharding divides the sum over processes by their number.
+        scale = self.processes.size if self.sharded else 1
+        for samples in self._micro_batches():
             # For modules with randomness of their own (dropout); losses use `training/randomness.py`.
             torch.manual_seed(derive(self.seed, "torch", self.step, int(samples[0])))
             weight = len(samples) / self.config.batch
             with autocast(self.processes.device, self.config.precision):
                 metrics = self.loss(self.model, self.step, samples)
-            (metrics["loss"] * weight).backward()
+            (metrics["loss"] * (weight * scale)).backward()
             self._names = list(metrics)
             totals = totals + weight * torch.stack([value.detach().float() for value in metrics.values()])
         for parameter in self.parameters:
@@ -145,13 +170,22 @@ class Engine:
                 parameter.grad = torch.zeros_like(parameter)
         return totals
 
+    def _micro_batches(self) -> list[np.ndarray]:
+        micro = self.config.micro_batch or len(self.samples)
+        return [self.samples[start : start + micro] for start in range(0, len(self.samples), micro)]
+
     @torch.no_grad()
     def _average(self) -> None:
         # Early on the average is short, or it would still hold the random initial weights when training is brief.
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        averages, weights = (sharding.local(one.parameters()) for one in (self.ema, self.model))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
         for mean, buffer in zip(self.ema.buffers(), self.model.buffers()):
             mean.copy_(buffer)
+
+    def _whole_average(self) -> nn.Module:
+        """The average as an ordinary module. All processes take part."""
+        return sharding.fill(self._outline, self.ema, self.processes.device) if self.sharded else self.ema
 
     # ---- metrics ----------------------------------------------------------------------------------------------------
 
@@ -179,21 +213,75 @@ class Engine:
                   "batch": self.describe(step, batch) if self.describe else batch.tolist()}  # fmt: skip
         if self.processes.first:
             write_text(path, json.dumps(report, indent=1))
+        if inputs := self._inputs(step):
+            with atomic_path(path.with_suffix(f".rank{self.processes.rank}.safetensors")) as temporary:
+                save_file(inputs, temporary)
         raise UserError(
             f"{self.label}: loss {values['loss']} with gradient norm {values['gradient_norm']} at step {step} is not "
-            f"finite; the batch is described in {path}; look at its data, or lower the learning rate"
+            f"finite; the batch is described in {path}{', its tensors lie beside it' if inputs else ''}; look at its data, "
+            "or lower the learning rate"
         )
+
+    def _inputs(self, step: int) -> dict[str, Tensor]:
+        """What the network is given in this process's share of `step`, as `sample_<first of a micro-batch>.<argument>`.
+
+        Empty for losses that call the network's parts instead.
+        """
+        seen: dict[str, Tensor] = {}
+        order = inspect.signature(self.model.forward)
+        for samples in self._micro_batches():
+
+            def note(_: nn.Module, arguments: tuple, options: dict, first: int = int(samples[0])) -> None:
+                for name, value in order.bind(*arguments, **options).arguments.items():
+                    if isinstance(value, Tensor):
+                        # A copy: two arguments may share memory, which the file format forbids.
+                        seen[f"sample_{first}.{name}"] = torch.empty(value.shape, dtype=value.dtype).copy_(value)
+
+            handle = self.model.register_forward_pre_hook(note, with_kwargs=True)
+            with torch.no_grad(), autocast(self.processes.device, self.config.precision):
+                self.loss(self.model, step, samples)
+            handle.remove()
+        return seen
 
     def _log(self) -> None:
         if not self._unlogged:
             return
         means = np.mean(self._unlogged, axis=0)
         row = {"step": self.step, **dict(zip([*self._names, "gradient_norm"], map(float, means)))}
-        self.history.append({**row, "lr": self._lr, "seconds": round(self._seconds, 3)})
+        row |= {"lr": self._lr, "seconds": round(self._seconds, 3)}
+        before = self.history[-1] if self.history else {"step": 0, "seconds": 0.0}
+        row |= self._speed.of(self.step - before["step"], self._seconds - before["seconds"])
+        self.history.append(row)
+        self.events.add(self.step, "training", row)
         self._unlogged = []
 
+    def _measure(self) -> Speed:
+        """What a step computes and what the devices could, to tell how well they are used."""
+        with autocast(self.processes.device, self.config.precision):
+            flops = count_flops(self.model, lambda: self.loss(self.model, self.step, self.samples[:1]))
+        if self.sharded:
+            self.model.reshard()
+        peak = peak_flops(self.processes.device, self.config.precision)
+        batch = self.config.batch
+        return Speed(batch * self.frames, batch * flops, None if peak is None else peak * self.processes.size)
+
+    def _note(self) -> str:
+        row = self.history[-1] if self.history else None
+        return f"loss {row['loss']:.4f}  {speed_note(row)}" if row else ""
+
+    def _open_events(self) -> None:
+        # The last row is written again with what follows it after the training, should that be all that is left to do.
+        begin = min(self.step + 1, self.config.steps) if self.step else 0
+        self.events.open(begin)
+        for row in self.history:
+            if row["step"] >= begin:
+                self.events.add(row["step"], "training", row)
+
     def write_metrics(self, path: str | Path) -> None:
-        """Write the history as CSV (step, loss, other metrics, gradient_norm, lr, seconds) on rank 0."""
+        """Write the history as CSV on rank 0.
+
+        Columns: step, loss, other metrics, gradient_norm, lr, seconds, frames_per_second, mfu (share of the devices' peak).
+        """
         if not self.processes.first:
             return
         text = io.StringIO()
@@ -208,7 +296,7 @@ class Engine:
         self._log()
         parts = {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizers.tensors()}
         tensors = {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
-        content = checkpoint.Checkpoint(self.step, tensors, self.history)
+        content = checkpoint.Checkpoint(self.step, sharding.gather(tensors, self.processes), self.history)
         self._alone(lambda: checkpoint.save(self.state, self.digest, content, self.config.keep))
 
     def _resume(self) -> None:
@@ -225,8 +313,8 @@ class Engine:
         for name, value in found.tensors.items():
             part, _, rest = name.partition("/")
             parts[part][rest] = value
-        self.model.load_state_dict(parts["model"], strict=True)
-        self.ema.load_state_dict(parts["ema"], strict=True)
+        sharding.load(self.model, parts["model"])
+        sharding.load(self.ema, parts["ema"])
         self.optimizers.load(parts["optimizer"])
         self.step, self.history = found.step, found.history
         self._seconds = self.history[-1]["seconds"] if self.history else 0.0

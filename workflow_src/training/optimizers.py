@@ -2,7 +2,8 @@
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) orthogonalises every hidden matrix's momentum.
 Equal-shaped matrices are stacked and iterated as one batch: three times as fast on a CPU as `torch.optim.Muon`, which
-takes them one by one and, besides, exists only from torch 2.9 on.
+takes them one by one and, besides, exists only from torch 2.9 on. Several processes share this work, each taking whole
+matrices, and exchange the results.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from workflow_src.common.compute import uses_bf16
 from workflow_src.common.sections import Training
+from workflow_src.training.distributed import Processes
+from workflow_src.training.sharding import like
 
 # Quintic Newton-Schulz coefficients of the reference implementation: steepest at zero, singular values end near 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -63,44 +66,73 @@ def orthogonalise(stack: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Muon:
-    """Batched Muon over matrices (rows, columns) or convolution kernels (out, in, h, w), taken as (out, in*h*w)."""
+    """Batched Muon over matrices (rows, columns) or convolution kernels (out, in, h, w), taken as (out, in*h*w).
 
-    def __init__(self, parameters: dict[str, nn.Parameter], weight_decay: float, dtype: torch.dtype):
+    Every process holds all momentum and all weights; the iterations, nearly all of the time, it does for its own matrices.
+    """
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], weight_decay: float, dtype: torch.dtype, processes: Processes
+    ):
         groups = defaultdict(dict)
         for name, parameter in parameters.items():
             groups[tuple(parameter.flatten(1).shape)][name] = parameter
-        self.groups, self.weight_decay, self.dtype = groups, weight_decay, dtype
-        self.momentum = {
-            name: torch.zeros_like(parameter) for group in groups.values() for name, parameter in group.items()
-        }
+        self.groups, self.weight_decay, self.dtype, self.processes = groups, weight_decay, dtype, processes
+        named = {name: parameter for group in groups.values() for name, parameter in group.items()}
+        self.momentum = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
+        self.owners = share_work([parameter.flatten(1).shape for parameter in named.values()], processes.size)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        for (rows, columns), group in self.groups.items():
-            parameters, momentum = list(group.values()), [self.momentum[name] for name in group]
-            gradients = [parameter.grad for parameter in parameters]
+        """One update. The gradients are used up: their memory takes the orthogonalised matrices."""
+        owners = iter(self.owners)
+        for group in self.groups.values():
+            gradients, momentum = self._gradients(group), [self.momentum[name] for name in group]
             torch._foreach_lerp_(momentum, gradients, 1 - MOMENTUM)
+            own = [index for index in range(len(group)) if next(owners) == self.processes.rank]
+            if not own:
+                continue
+            gradients = [gradients[index] for index in own]
             # Nesterov: look ahead along the new momentum.
-            ahead = torch._foreach_lerp(gradients, momentum, MOMENTUM)
+            ahead = torch._foreach_lerp(gradients, [momentum[index] for index in own], MOMENTUM)
             update = orthogonalise(torch.stack([item.flatten(1) for item in ahead]), self.dtype)
+            torch._foreach_copy_(gradients, [piece.view_as(like) for piece, like in zip(update, gradients)])
+        everything = [gradient for group in self.groups.values() for gradient in self._gradients(group)]
+        self.processes.exchange(everything, self.owners, self.dtype)
+        for (rows, columns), group in self.groups.items():
+            parameters = list(group.values())
             torch._foreach_mul_(parameters, 1 - lr * self.weight_decay)
             # A tall matrix needs larger steps for the same change of its outputs.
             scale = lr * max(1.0, rows / columns) ** 0.5
-            pieces = [piece.view_as(parameter) for piece, parameter in zip(update.unbind(0), parameters)]
-            torch._foreach_add_(parameters, pieces, alpha=-scale)
+            torch._foreach_add_(parameters, self._gradients(group), alpha=-scale)
+
+    @staticmethod
+    def _gradients(group: dict[str, nn.Parameter]) -> list[Tensor]:
+        return [parameter.grad for parameter in group.values()]
+
+
+def share_work(shapes: list[tuple[int, int]], size: int) -> list[int]:
+    """Which of `size` processes orthogonalises each matrix: the costliest first, each to the one with the least to do."""
+    costs = [rows * columns * min(rows, columns) for rows, columns in shapes]
+    loads, owners = [0] * size, [0] * len(costs)
+    for index in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
+        owners[index] = loads.index(min(loads))
+        loads[owners[index]] += costs[index]
+    return owners
 
 
 class Optimizers:
     """All optimiser state of one training. `tensors()` and `load()` carry it through a checkpoint, bit by bit."""
 
-    def __init__(self, model: nn.Module, config: Training):
+    def __init__(self, model: nn.Module, config: Training, processes: Processes):
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         device = next(iter(named.values())).device
         chosen = set(hidden_matrices(model)) if config.optimizer == "muon" else set()
         dtype = torch.bfloat16 if uses_bf16(device, config.precision) else torch.float32
         self.config = config
         self.rest = {name: parameter for name, parameter in named.items() if name not in chosen}
-        self.muon = Muon({name: named[name] for name in named if name in chosen}, config.weight_decay, dtype)
+        matrices = {name: named[name] for name in named if name in chosen}
+        self.muon = Muon(matrices, config.weight_decay, dtype, processes)
         # Only matrices decay: biases and gains at zero would be pulled away from what they are for.
         decayed = [parameter for parameter in self.rest.values() if parameter.ndim >= 2]
         plain = [parameter for parameter in self.rest.values() if parameter.ndim < 2]
@@ -135,5 +167,6 @@ class Optimizers:
                 value = state.get(f"adamw.{key}.{name}")
                 if value is not None:
                     # The fused optimiser pairs moments with weights by memory order, so moments take the weights' layout.
-                    like = parameter if value.shape == parameter.shape else value
-                    self.adamw.state[parameter][key] = torch.empty_like(like, device=parameter.device).copy_(value)
+                    target = parameter if value.shape == parameter.shape else value
+                    target = torch.empty_like(target, device=parameter.device)
+                    self.adamw.state[parameter][key] = target.copy_(like(value, target))

@@ -1,14 +1,15 @@
 """Validation of a world model: replay the actions of held-out episodes from their first frames and compare.
 
 Every figure is given per horizon, beside the baseline that never moves (the first frame, frozen), the tokenizer's own
-reconstruction (the ceiling), and two replays that a model which follows actions must lose against the true one: another
-episode's actions, and standing still.
+reconstruction (the ceiling), and replays that a model which follows actions must lose against the true one: another
+episode's actions, standing still and, for models trained to go without, no actions.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from workflow_src.common.files import write_text
 from workflow_src.common.progress import say
 from workflow_src.common.video import write_gif
 from workflow_src.episodes.store import Arrays
+from workflow_src.training.lpips import VARIABLE, load_lpips
+from workflow_src.training.plots import plot_horizon
 from workflow_src.world_model.artefact import Card, WorldModel
 from workflow_src.world_model.environment import imagine
 from workflow_src.world_model.tokenizer import load_tokenizer
@@ -27,50 +30,92 @@ from workflow_src.world_model.tokenizer import load_tokenizer
 EPISODES = 64  # held-out episodes replayed at most
 SAMPLES = 6  # of them shown as GIFs
 WINDOW = 7  # side of SSIM's averaging window, pixels
+Rows = list[dict[str, float]]
 
 
-def validate(
-    folder: Path, network: nn.Module, card: Card, tokenizer: Path, episodes: Arrays, latents: np.ndarray, seed: int
-) -> list[dict[str, float]]:
-    """Replay up to 64 held-out episodes; write `validation.csv` and `samples/*.gif` into `folder`; return the rows.
+class Validation:
+    """Replays up to 64 held-out `episodes` (and `latents (N, F, h, w, C)` of theirs) through a network that `card` describes.
 
-    `latents (N, F, h, w, C)`: of the episodes' frames.
+    Called with a network it returns rows by horizon, and writes into `folder`: them as `validation.csv`, their picture
+    `mse.png`, and `samples/*.gif` (truth | imagined).
     """
-    device = next(network.parameters()).device
-    model = WorldModel(card, network.eval(), load_tokenizer(tokenizer, device), "")
-    count = min(EPISODES, len(episodes.images))
-    truth = episodes.images[:count]
-    recorded = (episodes.reached if card.actions == "reached" else episodes.actions)[:count]
-    # Half way around: with tasks and behaviours in random order, another episode altogether.
-    shuffled = np.roll(recorded, max(1, count // 2), axis=0)
-    still = np.concatenate([np.zeros_like(recorded[..., :6]), recorded[..., 6:]], -1)
-    imagined = {name: imagine(model, truth[:, 0], actions, seed, range(count))
-                for name, actions in (("", recorded), ("_shuffled", shuffled), ("_still", still))}  # fmt: skip
-    imagined["_frozen"] = truth[:, :1].repeat(truth.shape[1] - 1, axis=1)
-    flat = np.asarray(latents[:count, 1:], np.float32)
-    imagined["_tokenizer"] = model.tokenizer.decode(flat.reshape(-1, *flat.shape[2:])).reshape(truth[:, 1:].shape)
-    rows = compare(truth[:, 1:], imagined)
-    _write_rows(folder / "validation.csv", rows)
-    for index in np.linspace(0, count - 1, min(SAMPLES, count)).astype(int):
-        both = np.concatenate([truth[index], np.concatenate([truth[index, :1], imagined[""][index]])], axis=2)
-        write_gif(folder / "samples" / f"episode_{index:03d}.gif", both, card.control_hz, scale=4)
-    last = rows[-1]
-    say(
-        f"world model: PSNR {rows[0]['psnr']:.1f} dB after 1 step, {last['psnr']:.1f} dB after {last['horizon']} "
-        f"(frozen frame {last['psnr_frozen']:.1f}, other actions {last['psnr_shuffled']:.1f})"
-    )
-    return rows
+
+    def __init__(
+        self, folder: Path, card: Card, tokenizer: Path, episodes: Arrays, latents: np.ndarray, seed: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.folder, self.card, self.seed = folder, card, seed
+        self.tokenizer = load_tokenizer(tokenizer, device)
+        self.lpips = load_lpips(device)
+        if self.lpips is None:
+            say(f"world model: no LPIPS, because {VARIABLE} names no folder with its weights (training/lpips.py)")
+        self.count = min(EPISODES, len(episodes.images))
+        self.truth = episodes.images[: self.count]
+        self.recorded = (episodes.reached if card.actions == "reached" else episodes.actions)[: self.count]
+        flat = np.asarray(latents[: self.count, 1:], np.float32)
+        decoded = self.tokenizer.decode(flat.reshape(-1, *flat.shape[2:]))
+        self.baselines = {
+            "_frozen": self.truth[:, :1].repeat(self.truth.shape[1] - 1, axis=1),
+            "_tokenizer": decoded.reshape(self.truth[:, 1:].shape),
+        }
+
+    def __call__(self, network: nn.Module) -> Rows:
+        imagined = self._imagine(network.eval())
+        rows = compare(self.truth[:, 1:], imagined | self.baselines, self.lpips)
+        _write_rows(self.folder / "validation.csv", rows)
+        plot_horizon(self.folder / "mse.png", rows)
+        for index in np.linspace(0, self.count - 1, min(SAMPLES, self.count)).astype(int):
+            shown = np.concatenate([self.truth[index, :1], imagined[""][index]])
+            both = np.concatenate([self.truth[index], shown], axis=2)
+            write_gif(self.folder / "samples" / f"episode_{index:03d}.gif", both, self.card.control_hz, scale=4)
+        last = rows[-1]
+        say(
+            f"world model: PSNR {rows[0]['psnr']:.1f} dB after 1 step, {last['psnr']:.1f} dB after {last['horizon']} "
+            f"(frozen frame {last['psnr_frozen']:.1f}, other actions {last['psnr_shuffled']:.1f})"
+        )
+        return rows
+
+    def _imagine(self, network: nn.Module) -> dict[str, np.ndarray]:
+        """Replays uint8 (N, T, H, W, 3) under the true actions ("") and others."""
+        # Half way around: with tasks and behaviours in random order, another episode altogether.
+        shuffled = np.roll(self.recorded, max(1, self.count // 2), axis=0)
+        still = np.concatenate([np.zeros_like(self.recorded[..., :6]), self.recorded[..., 6:]], -1)
+        model = WorldModel(self.card, network, self.tokenizer, "")
+        actions = {"": self.recorded, "_shuffled": shuffled, "_still": still}
+        imagined = {name: self._replay(model, some) for name, some in actions.items()}
+        if self.card.objective.action_dropout > 0:
+            # Guidance 0 leaves the branch that was trained without actions.
+            alone = replace(self.card, sampler=replace(self.card.sampler, guidance=0.0))
+            blind = WorldModel(alone, network, self.tokenizer, "")
+            imagined["_null"] = self._replay(blind, self.recorded)
+        return imagined
+
+    def _replay(self, model: WorldModel, actions: np.ndarray) -> np.ndarray:
+        return imagine(model, self.truth[:, 0], actions, self.seed, range(self.count))
 
 
-def compare(truth: np.ndarray, imagined: dict[str, np.ndarray]) -> list[dict[str, float]]:
-    """Rows by horizon with `psnr<name>` (dB) and `ssim<name>`, means over episodes of uint8 (N, T, H, W, 3)."""
-    rows: list[dict[str, float]] = [{"horizon": step + 1} for step in range(truth.shape[1])]
+def compare(truth: np.ndarray, imagined: dict[str, np.ndarray], lpips: nn.Module | None = None) -> Rows:
+    """Rows by horizon with `mse<name>`, `psnr<name>` (dB), `ssim<name>` and, given `lpips`, `lpips<name>`.
+
+    Means over episodes of uint8 (N, T, H, W, 3).
+    """
+    metrics = {"mse": mse, "psnr": psnr, "ssim": ssim} | ({"lpips": lpips} if lpips else {})
+    rows: Rows = [{"horizon": step + 1} for step in range(truth.shape[1])]
     for name, frames in imagined.items():
-        scores = {f"psnr{name}": psnr(frames, truth), f"ssim{name}": ssim(frames, truth)}
-        for label, values in scores.items():
-            for row, value in zip(rows, values.mean(0)):
-                row[label] = round(float(value), 4)
+        for metric, measure in metrics.items():
+            for row, value in zip(rows, measure(frames, truth).mean(0)):
+                row[metric + name] = float(f"{value:.6g}")
     return rows
+
+
+def summary(rows: Rows) -> dict[str, float]:
+    """Every column's mean over the horizon."""
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name != "horizon"}
+
+
+def mse(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    """Mean squared error, of intensities in [0, 1], per image of uint8 (…, H, W, 3)."""
+    return ((one.astype(np.float32) - two.astype(np.float32)) ** 2).mean((-3, -2, -1)) / 255**2
 
 
 def psnr(one: np.ndarray, two: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Train the world model on latents of one or several data sets, validate it on held-out action replays, write the artefact.
 
-Writes beside `--out` (`model.safetensors`, last): `config.json`, `tokenizer/`, `metrics.csv`, `loss.png`,
-`validation.csv` (PSNR and SSIM by horizon, for the model, for the frozen first frame and for other actions) and
-`samples/*.gif` (truth | imagined).
+Writes beside `--out` (`model.safetensors`, last): `config.json`, `tokenizer/`, `metrics.csv`, `loss.png`, `events/` for
+TensorBoard, `validation.csv` and `mse.png` (MSE, PSNR, SSIM and LPIPS by horizon, for the model, for the frozen first frame
+and for other actions) and `samples/*.gif` (truth | imagined).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from workflow_src.common.config import Stage, load_stage
-from workflow_src.common.errors import UserError, run_cli
+from workflow_src.common.errors import UserError
 from workflow_src.common.files import digest
 from workflow_src.common.provenance import record
 from workflow_src.common.sections import WorldModel
@@ -24,10 +24,11 @@ from workflow_src.episodes.clips import Choice
 from workflow_src.training import randomness, replay
 from workflow_src.training.clip_source import ClipSource
 from workflow_src.training.datasets import open_held_out, open_training
-from workflow_src.training.distributed import join, leave
+from workflow_src.training.distributed import join, leave, run_training
 from workflow_src.training.engine import Engine
 from workflow_src.training.held_out import choose_episodes, read_held_out
 from workflow_src.training.own_frames import OwnFrames
+from workflow_src.training.plots import plot_loss
 from workflow_src.world_model.artefact import Card, build_network, save_artefact
 from workflow_src.world_model.diffusion import Objective
 
@@ -57,18 +58,27 @@ def main() -> None:
     torch.manual_seed(derive(stage.seed, "world_model", "weights"))
     identity = digest([stage.digest, *source.identity])
     loss.show_own_frames(arguments.state, identity)
+    folder, training = arguments.out.parent, stage.world_model.training
+    network = build_network(card)
+    validation = None
+    if processes.first:
+        shown = read_held_out(held_out, config, replay.EPISODES)
+        validation = replay.Validation(folder, card, arguments.tokenizer, *shown, loss.seed, processes.device)
+
+    def validate(step: int, network: nn.Module) -> None:
+        engine.events.add(step, "validation", replay.summary(validation(network)))
+
+    every = training.validate_every
     engine = Engine(
-        build_network(card), loss, stage.world_model.training, seed=loss.seed, state=arguments.state, digest=identity,
-        label="world model", describe=loss.describe, prepare=loss.prepare,
+        network, loss, training, seed=loss.seed, state=arguments.state, digest=identity, label="world model",
+        describe=loss.describe, prepare=loss.prepare if loss.own else None, frames=card.frames, events=folder / "events",
+        hooks=dict.fromkeys(range(every, training.steps, every), validate) if every else {},
     )  # fmt: skip
     network = engine.run()
     if processes.first:
-        folder = arguments.out.parent
-        folder.mkdir(parents=True, exist_ok=True)
         engine.write_metrics(folder / "metrics.csv")
         plot_loss(folder / "loss.png", engine.history)
-        episodes, latents = read_held_out(held_out, config, replay.EPISODES)
-        replay.validate(folder, network, card, arguments.tokenizer, episodes, latents, seed=loss.seed)
+        validate(training.steps, network)
         save_artefact(folder, network, card, arguments.tokenizer)
         loss.forget_own_frames()
     processes.barrier()
@@ -167,24 +177,5 @@ class DiffusionForcing:
         return {"loss": losses.mean()}
 
 
-def plot_loss(path: Path, history: list[dict[str, float]]) -> None:
-    """Training loss against steps, logarithmic."""
-    from matplotlib.figure import Figure
-
-    from workflow_src.common.files import atomic_path
-
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    steps, losses = ([row[name] for row in history] for name in ("step", "loss"))
-    axes.plot(steps, losses, color="0.75", linewidth=0.8, label="logged")
-    if len(losses) > 20:
-        width = len(losses) // 20
-        axes.plot(steps[width - 1 :], np.convolve(losses, np.ones(width) / width, "valid"), label="running mean")
-    axes.set(xlabel="step", ylabel="training loss", yscale="log")
-    axes.legend(frameon=False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-
-
 if __name__ == "__main__":
-    run_cli(main)
+    run_training(main)
