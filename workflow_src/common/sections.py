@@ -10,7 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-MIX = {"expert": 0.25, "slow": 0.15, "noisy": 0.3, "failing": 0.12, "random": 0.06, "play": 0.12}
+MIX = {
+    "expert": 0.22,
+    "slow": 0.12,
+    "noisy": 0.26,
+    "failing": 0.12,
+    "random": 0.06,
+    "play": 0.1,
+    "idle": 0.05,
+    "pantomime": 0.07,
+}
 
 
 @dataclass(frozen=True)
