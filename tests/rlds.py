@@ -62,3 +62,36 @@ def write_rlds(root: Path, splits: dict[str, list[list[list[dict[str, Any]]]]], 
     info = {"name": name, "version": "0.1.0", "fileFormat": "tfrecord", "splits": infos}
     (root / "dataset_info.json").write_text(json.dumps(info))
     return root
+
+
+# What a step holds besides its actions, and actions that nothing reads, by data set: feature → width, or a text.
+EXTRAS: dict[str, dict[str, Any]] = {
+    "bridge": {"observation/state": 7},
+    "bridge_v2": {"observation/state": 7},
+    "taco_play": {"observation/robot_obs": 15, "observation/structured_language_instruction": "lift_red",
+                  "action/actions": 7},
+    "jaco_play": {"observation/end_effector_cartesian_pos": 7},
+    "berkeley_cable_routing": {"observation/robot_state": 7},
+    "viola": {"observation/ee_states": 16},
+    "berkeley_autolab_ur5": {"observation/robot_state": 15},
+    "toto": {"observation/state": 7},
+} | {f"libero_{suite}": {"observation/state": 8} for suite in ("10", "goal", "object", "spatial")}  # fmt: skip
+
+
+def steps_of(name: str, entry: Any, recorded: dict[str, np.ndarray], count: int, seed: int) -> list[dict[str, Any]]:
+    """An episode of `count` steps in the schema of a registered set: `recorded` actions over and over, noise as state."""
+    rng, steps = np.random.default_rng(seed), []
+    for t in range(count):
+        leaves: dict[str, Any] = {path: values[t % len(values)] for path, values in recorded.items()}
+        leaves |= {entry.image: jpeg(1000 * seed + t), entry.instruction: f"task {seed}", "is_last": t == count - 1}
+        for path, extra in EXTRAS.get(name, {}).items():
+            leaves[path] = extra if isinstance(extra, str) else rng.normal(size=extra).astype(np.float32)
+        step: dict[str, Any] = {}
+        for path, leaf in leaves.items():
+            *parents, last = path.split("/")
+            branch = step
+            for parent in parents:
+                branch = branch.setdefault(parent, {})
+            branch[last] = leaf
+        steps.append(step)
+    return steps

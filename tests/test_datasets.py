@@ -106,12 +106,12 @@ def test_the_data_decides_about_a_doubtful_sign():
         arrays = {"action/rel_actions_world": recorded, "observation/robot_obs": robot_obs}
         assert check_sign(taco, [arrays])[0] is flip
     assert metric(arrays, taco, flip=True)[:, 6].tolist() == (command < 0).tolist()
-    starts = [vectors(F([[value], [0], [0]])) for value in (1, 1, 1, 0)]
+    starts = [vectors(F([[value], [0], [0]])) for value in (1, 1, 1, 0) * 5]
     flipped, evidence = check_sign(roboturk, starts)
-    assert flipped and evidence == "flipped: 25% of the episodes start with an open gripper, 4 episodes"
-    assert check_sign(roboturk, starts[:1] + starts[3:]) == (
-        False, "undecided, as documented: 50% of the episodes start with an open gripper, 2 episodes",
-    )  # fmt: skip
+    assert flipped and evidence == "flipped: 25% of the episodes start with an open gripper, 20 episodes"
+    undecided = "undecided, as documented: {} of the episodes start with an open gripper, {} episodes"
+    assert check_sign(roboturk, (starts[:1] + starts[3:4]) * 20) == (False, undecided.format("50%", 40))
+    assert check_sign(roboturk, starts[:4]) == (False, undecided.format("25%", 4)), "too few to tell"
     assert check_sign(REGISTRY["toto"].action, []) == (False, "as documented")
 
 

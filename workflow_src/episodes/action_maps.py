@@ -16,6 +16,7 @@ import numpy as np
 from workflow_src.common.errors import UserError
 
 LAG = 5  # steps in which a gripper follows its command
+ENOUGH = 20  # steps with a width, or episodes, below which nothing is decided
 DECIDED = 0.2  # correlation, or distance of a share from one half, that decides about a sign
 
 
@@ -146,14 +147,16 @@ def check_sign(spec: ActionMap, episodes: Sequence[dict[str, Any]]) -> tuple[boo
         pairs = [(command[:-LAG], read(arrays, spec.gripper_width).reshape(len(command), -1)[LAG:, 0])
                  for command, arrays in zip(commands, episodes) if len(command) > LAG]  # fmt: skip
         command, width = (np.concatenate(values) for values in zip(*pairs)) if pairs else (np.zeros(1), np.zeros(1))
-        varies = command.std() > 0 and width.std() > 0
+        count, varies = len(command), command.std() > 0 and width.std() > 0
         found = float(np.corrcoef(command, width)[0, 1]) if varies else 0.0
         what = f"correlation {found:+.2f} of opening command and gripper width {LAG} steps later"
     else:
+        count = len(commands)
         found = float(np.mean([command[0] > 0.5 for command in commands])) - 0.5 if commands else 0.0
         what = f"{found + 0.5:.0%} of the episodes start with an open gripper"
-    verdict = "flipped" if found < -DECIDED else "as documented" if found > DECIDED else "undecided, as documented"
-    return found < -DECIDED, f"{verdict}: {what}, {len(commands)} episodes"
+    if count < ENOUGH or abs(found) < DECIDED:
+        return False, f"undecided, as documented: {what}, {len(commands)} episodes"
+    return found < 0, f"{'flipped' if found < 0 else 'as documented'}: {what}, {len(commands)} episodes"
 
 
 def _vector(arrays: dict[str, Any], path: str, count: int) -> np.ndarray:

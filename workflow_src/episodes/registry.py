@@ -56,6 +56,10 @@ class Dataset:
         }
         return sorted(paths - {""})
 
+    def instructions(self) -> list[str]:
+        """Paths of a step's texts, the main one first."""
+        return [self.instruction, *self.more_instructions]
+
     def split_of(self, split: str, index: int) -> str:
         """The split that episode `index` of the recorded `split` is stored in."""
         held_out = self.hold_out and split == "train" and index % self.hold_out == self.hold_out - 1
