@@ -16,7 +16,8 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, lossless: bool
     """Write uint8 `(T, H, W, 3)` RGB frames as an H.264 mp4.
 
     `lossless` stores RGB exactly (4:4:4, quantiser 0). Otherwise yuv420p, which every browser plays; height and width must
-    then be even. Every `keyframes`-th frame can be decoded without others; 0: the encoder's choice. One encoder thread: the bytes are the same on every run.
+    then be even. At least every `keyframes`-th frame can be decoded without others; 0: the encoder's choice. One encoder
+    thread: the bytes are the same on every run.
     """
     import av
 
