@@ -12,6 +12,7 @@ min_version("9.20")
 
 sys.path.insert(0, workflow.basedir)
 from workflow_src.workflow import (
+    SPLITS,
     WORLDS,
     any_of,
     limit_servers,
@@ -36,7 +37,7 @@ report: "config/report/workflow.rst"
 
 
 wildcard_constraints:
-    dataset=any_of([flow.config.episodes.dataset, *flow.config.episodes.stores]),
+    dataset=any_of([flow.config.episodes.dataset, *flow.config.episodes.stores, *flow.recorded]),
     split=any_of(flow.config.episodes.splits),
     network=any_of(flow.config.behaviour_cloning) or "none",
     policy=any_of(flow.config.policies) or "none",
@@ -54,6 +55,7 @@ rule all:
 
 
 include: "rules/episodes.smk"
+include: "rules/datasets.smk"
 include: "rules/world_model.smk"
 include: "rules/published.smk"
 include: "rules/policies.smk"

@@ -188,10 +188,9 @@ def mirror_actions(actions: np.ndarray, embodiment: str = "tabletop") -> np.ndar
     flips and so does its sense), the other two change sign. With x sideways (tabletop): dx, dpitch, dyaw. With y
     sideways (WidowX): dy, droll, dyaw.
     """
-    robot = get(embodiment)
-    if robot.lateral_axis is None:
+    robot, mirrored = get(embodiment), np.array(actions)
+    if robot.lateral_axis is None and mirrored.size:
         raise UserError(f"world_model.mirror: how a mirrored {embodiment} would move is not known; set it to false")
-    mirrored = np.array(actions)
     width = mirrored.shape[-1]
     if width not in (METRIC_DIM, WORLD_MODEL_DIM):
         raise UserError(f"actions of width {width} cannot be mirrored; metric ones have 7 numbers, world-model ones 10")
