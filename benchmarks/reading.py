@@ -33,7 +33,9 @@ def main() -> None:
     shards = [shard for shard in rlds.shards() if shard.split == "train"]
 
     def ours(finish: Callable) -> int:
-        steps = (one for shard in shards for one in rlds.episodes(shard, entry.features(), entry.image) if not one.wrong)
+        steps = (
+            one for shard in shards for one in rlds.episodes(shard, entry.features(), entry.image) if not one.wrong
+        )
         return sum(len(finish(one)) for one in islice(steps, arguments.episodes))
 
     report("read, images encoded", arguments.episodes, lambda: ours(lambda one: one.images))
@@ -42,7 +44,11 @@ def main() -> None:
         import tensorflow_datasets as tfds
 
         dataset = tfds.builder_from_directory(str(arguments.source)).as_dataset("train").take(arguments.episodes)
-        report("TensorFlow", arguments.episodes, lambda: sum(len(list(one["steps"].as_numpy_iterator())) for one in dataset))
+        report(
+            "TensorFlow",
+            arguments.episodes,
+            lambda: sum(len(list(one["steps"].as_numpy_iterator())) for one in dataset),
+        )
 
 
 def report(label: str, episodes: int, work: Callable[[], int]) -> None:

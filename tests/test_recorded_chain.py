@@ -91,7 +91,7 @@ def test_a_store_that_is_there_is_not_made_again(tmp_path):
         (
             "viola",
             {"copies": {"viola": "/nowhere"}},
-            r"episodes.recorded.copies.viola: '/nowhere' holds no dataset_info",
+            r"episodes.recorded.copies.viola: /nowhere: holds neither dataset_info",
         ),
         ("viola", {"copies": {"violin": "/"}}, r"episodes.recorded.copies: 'violin' is unknown"),
         ("viola", {"groups": 0}, r"episodes.recorded.groups: 0 is impossible"),

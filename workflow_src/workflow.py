@@ -22,6 +22,7 @@ from workflow_src.common.sections import Config, Policy
 from workflow_src.embodiments import EMBODIMENTS
 from workflow_src.episodes.mixture import Mixture, frame_skips, read_mixture
 from workflow_src.episodes.registry import Dataset, entry_dict, load_registry
+from workflow_src.episodes.sources import description
 from workflow_src.world_model.published import check as check_published
 from workflow_src.world_model.published import is_address
 
@@ -79,8 +80,9 @@ class Workflow:
 
     def source_file(self, dataset: str) -> str:
         """The file that stands for that folder among a rule's inputs."""
-        copied = dataset in self.config.episodes.recorded.copies
-        return f"{self.source(dataset)}/{'dataset_info' if copied else 'download'}.json"
+        if dataset in self.config.episodes.recorded.copies:
+            return str(description(self.source(dataset)))
+        return f"{self.source(dataset)}/download.json"
 
     def groups(self, dataset: str) -> list[str]:
         """Results of all shard groups of a registered data set."""
@@ -250,11 +252,10 @@ def _check_recorded(config: Config, registered: Iterable[str]) -> None:
     recorded = config.episodes.recorded
     for name, folder in recorded.copies.items():
         check_name("episodes.recorded.copies", name, registered)
-        if not (Path(folder) / "dataset_info.json").is_file():
-            raise UserError(
-                f"episodes.recorded.copies.{name}: {folder!r} holds no dataset_info.json; give the folder of the version, "
-                "with the .tfrecord files"
-            )
+        try:
+            description(folder)
+        except UserError as error:
+            raise UserError(f"episodes.recorded.copies.{name}: {error}") from None
     if recorded.groups < 1:
         raise UserError(f"episodes.recorded.groups: {recorded.groups} is impossible; it must be at least 1")
     if not 0 <= recorded.max_rejected < 1:

@@ -98,6 +98,19 @@ def probe_video(path: str | Path) -> tuple[int, int, int]:
         raise UserError(f"{path}: not a readable video ({error}); delete it and run again") from error
 
 
+def frame_times(path: str | Path) -> np.ndarray:
+    """When each frame is shown, float64 seconds (T,), in the order of `read_video`. Raises `UserError` as it does."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            shown = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
+            return np.sort(np.array(shown, np.float64)) * float(stream.time_base)
+    except (av.FFmpegError, IndexError, TypeError, OSError) as error:
+        raise UserError(f"{path}: not a readable video ({error}); delete it and run again") from error
+
+
 def write_gif(path: str | Path, frames: np.ndarray, fps: float, scale: int = 1) -> None:
     """Write uint8 `(T, H, W, 3)` frames as an endless GIF, each pixel enlarged `scale` times."""
     import imageio.v3 as imageio

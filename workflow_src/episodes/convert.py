@@ -1,4 +1,4 @@
-"""Convert one group of a registered data set's shards (RLDS) into episodes of a store.
+"""Convert one group of a registered data set's shards (RLDS, LeRobot) into episodes of a store.
 
 Episode `index` is the number of its record within the split, so it depends on nothing but the data. Episodes go to
 `<folder>/<split>/`, the result of the group to `<folder>/groups/<i>-of-<n>.json`, last; `merge` makes the stores' tables of
@@ -25,7 +25,8 @@ from workflow_src.common.process import die_with_parent
 from workflow_src.common.progress import Progress, say
 from workflow_src.episodes.action_maps import check_sign, displacements, metric, read
 from workflow_src.episodes.registry import REGISTRY, Dataset, entry_dict, lookup
-from workflow_src.episodes.rlds import Rlds, Shard, Steps, decode_image
+from workflow_src.episodes.rlds import Shard, Steps, decode_image
+from workflow_src.episodes.sources import Source, open_source
 from workflow_src.episodes.store import JOURNAL, episode_paths, write_episode
 
 EXAMPLES = """example:
@@ -57,7 +58,9 @@ def main() -> None:
     )
     parser.add_argument("--dataset", required=True, help="name in the registry")
     parser.add_argument("--registry", default=str(REGISTRY), help="file of data sets (default: config/datasets.yaml)")
-    parser.add_argument("--source", type=Path, required=True, help="folder with dataset_info.json and the shards")
+    parser.add_argument(
+        "--source", type=Path, required=True, help="RLDS folder (dataset_info.json) or LeRobot's (meta/)"
+    )
     parser.add_argument("--shard-group", default="1/1", help="which part of the shards: 1/8 to 8/8")
     parser.add_argument("--size", type=int, default=256, help="rows and columns of the frames, even")
     parser.add_argument("--out", type=Path, required=True, help="the group's result; episodes go to ../<split>/")
@@ -67,26 +70,26 @@ def main() -> None:
     group = _read_group(arguments.shard_group)
     if arguments.size < 2 or arguments.size % 2:
         raise UserError(f"--size: {arguments.size} is not an even number of pixels; H.264 needs one")
-    convert(arguments.dataset, entry, Rlds(arguments.source), group, arguments.size, arguments.out)
+    convert(arguments.dataset, entry, open_source(arguments.source), group, arguments.size, arguments.out)
 
 
-def convert(name: str, entry: Dataset, rlds: Rlds, group: tuple[int, int], size: int, out: Path) -> None:
+def convert(name: str, entry: Dataset, source: Source, group: tuple[int, int], size: int, out: Path) -> None:
     """Convert the shards of `group` (i, n): every n-th from the i-th on, and write `out`."""
-    shards = rlds.shards()
-    _check_splits(name, entry, shards, rlds.root)
-    flip, evidence = _gripper(entry, rlds, shards)
+    shards = source.shards()
+    _check_splits(name, entry, shards, source.root)
+    flip, evidence = _gripper(entry, source, shards)
     job = Job(name, entry, size, flip, evidence)
-    key = digest([RECIPE, name, entry_dict(entry), rlds.identity, size, flip])
+    key = digest([RECIPE, name, entry_dict(entry), source.identity, size, flip])
     journal = Journal(out.with_suffix(".jsonl"), key)
     root, mine = out.parent.parent, shards[group[0] - 1 :: group[1]]
     items = {_item(shard): shard for shard in mine}
     missing = {item: shard for item, shard in items.items() if not _intact(journal, item, root)}
-    _estimate(f"{name} {group[0]}/{group[1]}", entry, rlds, list(missing.values()), size, root)
-    total = sum(_size(shard) for shard in mine)
+    _estimate(f"{name} {group[0]}/{group[1]}", entry, source, list(missing.values()), size, root)
+    total = sum(shard.bytes for shard in mine)
     with Progress(round(total / MEGABYTE), f"convert {name}"[:24], "MB") as progress:
-        progress.skip(round((total - sum(_size(shard) for shard in missing.values())) / MEGABYTE))
+        progress.skip(round((total - sum(shard.bytes for shard in missing.values())) / MEGABYTE))
         for item, shard in missing.items():
-            journal.record(item, **_convert_shard(job, rlds, shard, root, progress))
+            journal.record(item, **_convert_shard(job, source, shard, root, progress))
     done = [journal.done[item] for item in items]
     write_json(out, {
         "key": key, "dataset": name, "entry": entry_dict(entry), "size": size, "gripper": evidence, "group": list(group),
@@ -95,10 +98,10 @@ def convert(name: str, entry: Dataset, rlds: Rlds, group: tuple[int, int], size:
     })  # fmt: skip
 
 
-def _convert_shard(job: Job, rlds: Rlds, shard: Shard, root: Path, progress: Progress) -> dict[str, list[dict]]:
+def _convert_shard(job: Job, source: Source, shard: Shard, root: Path, progress: Progress) -> dict[str, list[dict]]:
     """Write the usable episodes of a shard: table rows of them and of the others."""
     entry, episodes, rejected, before = job.entry, [], [], 0
-    for steps in rlds.episodes(shard, entry.features(), entry.image):
+    for steps in source.episodes(shard, entry.features(), entry.image):
         index = shard.first + steps.record
         split = entry.split_of(shard.split, index)
         place = {"index": index, "split": split, "file": shard.path.name, "record": steps.record}
@@ -158,19 +161,19 @@ def _frame(image: bytes, number: int, size: int) -> np.ndarray:
         raise ValueError(f"frame {number} is {error}") from None
 
 
-def _gripper(entry: Dataset, rlds: Rlds, shards: list[Shard]) -> tuple[bool, str]:
+def _gripper(entry: Dataset, source: Source, shards: list[Shard]) -> tuple[bool, str]:
     """Whether the gripper's sign is the other one, by the first episodes of the training split: the same for all groups."""
     if not entry.action.gripper_check:
         return check_sign(entry.action, [])
-    sample = islice(_readable(rlds, [shard for shard in shards if shard.split == "train"], entry), SAMPLE)
+    sample = islice(_readable(source, [shard for shard in shards if shard.split == "train"], entry), SAMPLE)
     flip, evidence = check_sign(entry.action, [steps.arrays for steps in sample])
     say(f"gripper: {evidence}")
     return flip, evidence
 
 
-def _readable(rlds: Rlds, shards: list[Shard], entry: Dataset) -> Iterator[Steps]:
+def _readable(source: Source, shards: list[Shard], entry: Dataset) -> Iterator[Steps]:
     for shard in shards:
-        for steps in rlds.episodes(shard, entry.action.features()):
+        for steps in source.episodes(shard, entry.action.features()):
             try:
                 metric(steps.arrays, entry.action)
             except ValueError:
@@ -178,16 +181,16 @@ def _readable(rlds: Rlds, shards: list[Shard], entry: Dataset) -> Iterator[Steps
             yield steps
 
 
-def _estimate(label: str, entry: Dataset, rlds: Rlds, shards: list[Shard], size: int, root: Path) -> None:
+def _estimate(label: str, entry: Dataset, source: Source, shards: list[Shard], size: int, root: Path) -> None:
     """Say what is to be read and written. Raises UserError where the disk does not hold it."""
-    sample = (steps for shard in shards for steps in rlds.episodes(shard, [], entry.image) if not steps.wrong)
+    sample = (steps for shard in shards for steps in source.episodes(shard, [], entry.image) if not steps.wrong)
     first = next(sample, None)
-    source = sum(_size(shard) for shard in shards)
-    frames = source / first.read * len(first.images) * (first.record + 1) if first else 0
+    total = sum(shard.bytes for shard in shards)
+    frames = total / first.read * len(first.images) * (first.record + 1) if first else 0
     needed = frames * (size * size * BYTES_PER_PIXEL + ARRAY_BYTES)
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
-    say(f"{label}: {len(shards)} shards, {source / MEGABYTE:.0f} MB to read, about {needed / MEGABYTE:.0f} MB to write, "
+    say(f"{label}: {len(shards)} shards, {total / MEGABYTE:.0f} MB to read, about {needed / MEGABYTE:.0f} MB to write, "
         f"{free / MEGABYTE:.0f} MB free")  # fmt: skip
     if needed > free:
         raise UserError(f"{root}: about {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free; "
@@ -202,13 +205,9 @@ def _check_splits(name: str, entry: Dataset, shards: list[Shard], root: Path) ->
 
 
 def _item(shard: Shard) -> str:
-    """Names a shard as it is: another file of that name is another item."""
-    stat = shard.path.stat() if shard.path.is_file() else None
-    return f"{shard.path.name} {stat.st_size} {stat.st_mtime_ns}" if stat else f"{shard.path.name} missing"
-
-
-def _size(shard: Shard) -> int:
-    return shard.path.stat().st_size if shard.path.is_file() else 0
+    """Names a shard as it is: with another file in its place it is another item."""
+    changed = [path.stat().st_mtime_ns for path in (shard.path, *shard.beside) if path.is_file()]
+    return f"{shard.split} {shard.first} {shard.path.name} {shard.bytes} {max(changed, default='missing')}"
 
 
 def _intact(journal: Journal, item: str, root: Path) -> bool:

@@ -24,12 +24,18 @@ from workflow_src.episodes.tfrecord import read_records
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a split. Its episodes are numbered from `first` on within the split."""
+    """One file of a split. Its episodes are numbered from `first` on within the split. `beside`: files that belong to it."""
 
     split: str
     path: Path
     first: int
     episodes: int
+    beside: tuple[Path, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """Size of what is there of it."""
+        return sum(path.stat().st_size for path in (self.path, *self.beside) if path.is_file())
 
 
 @dataclass(frozen=True)
@@ -37,13 +43,13 @@ class Steps:
     """One episode, or what is `wrong` with it. `read`: bytes of the shard up to and with it.
 
     `arrays`: by the path of their features, T steps stacked, `(T, ...)`; text as a list of str. `images`: T images as they
-    were recorded, encoded.
+    were recorded: encoded, or uint8 `(H, W, 3)`.
     """
 
     record: int
     read: int
     arrays: dict[str, Any]
-    images: list[bytes]
+    images: list[bytes] | list[np.ndarray]
     wrong: str = ""
 
 
@@ -98,19 +104,19 @@ class Rlds:
                 except Exception as error:  # protobuf, TFDS and numpy raise many kinds for damaged records
                     yield Steps(record.number, record.end, {}, [], f"not an episode of this set ({_line(error)})")
         for record in range(count, shard.episodes):
-            size = shard.path.stat().st_size if shard.path.is_file() else 0
-            yield Steps(record, size, {}, [], "missing from its file" if size else "its file is missing")
+            there = shard.path.is_file()
+            yield Steps(record, shard.bytes, {}, [], "missing from its file" if there else "its file is missing")
 
 
-def decode_image(data: bytes, size: int) -> np.ndarray:
-    """An encoded image as uint8 `(size, size, 3)` RGB, stretched to a square by an antialiased Lanczos filter.
+def decode_image(data: bytes | np.ndarray, size: int) -> np.ndarray:
+    """An image, encoded or uint8 `(H, W, 3)`, as uint8 `(size, size, 3)` RGB, stretched to a square by an antialiased Lanczos filter.
 
     Raises ValueError for what is not a whole image.
     """
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.fromarray(data) if isinstance(data, np.ndarray) else Image.open(io.BytesIO(data)) as image:
             image = image.convert("RGB")
             if image.size != (size, size):
                 image = image.resize((size, size), Image.Resampling.LANCZOS)
