@@ -189,7 +189,7 @@ def mirror_actions(actions: np.ndarray, embodiment: str = "tabletop") -> np.ndar
     sideways (WidowX): dy, droll, dyaw.
     """
     robot, mirrored = get(embodiment), np.array(actions)
-    if robot.lateral_axis is None and mirrored.size:
+    if robot.lateral_axis is None:
         raise UserError(f"world_model.mirror: how a mirrored {embodiment} would move is not known; set it to false")
     width = mirrored.shape[-1]
     if width not in (METRIC_DIM, WORLD_MODEL_DIM):

@@ -109,9 +109,9 @@ class Rlds:
 
 
 def decode_image(data: bytes | np.ndarray, size: int) -> np.ndarray:
-    """An image, encoded or uint8 `(H, W, 3)`, as uint8 `(size, size, 3)` RGB, stretched to a square by an antialiased Lanczos filter.
+    """An image, encoded or uint8 `(H, W, 3)`, as uint8 `(size, size, 3)` RGB.
 
-    Raises ValueError for what is not a whole image.
+    It is stretched to a square by an antialiased Lanczos filter. Raises ValueError for what is not a whole image.
     """
     from PIL import Image
 
