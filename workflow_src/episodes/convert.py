@@ -35,7 +35,7 @@ EXAMPLES = """example:
 """
 RECIPE = 1  # raise when the conversion changed, so that what was converted otherwise is not continued
 GRIPPER = 6
-SAMPLE = 200  # episodes that decide about a gripper's sign
+SAMPLE = 64  # episodes that decide about a gripper's sign
 BYTES_PER_PIXEL = 0.1  # of the videos, about
 ARRAY_BYTES = 300  # per frame, about
 MEGABYTE = 1e6

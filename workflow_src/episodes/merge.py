@@ -17,7 +17,7 @@ from workflow_src.common.errors import UserError, run_cli
 from workflow_src.common.files import atomic_path, write_json
 from workflow_src.common.process import die_with_parent
 from workflow_src.common.progress import say
-from workflow_src.episodes.store import JOURNAL, TABLE, write_table
+from workflow_src.episodes.store import TABLE, write_table
 
 EXAMPLES = """example:
   python -m workflow_src.episodes.merge --groups results/episodes/viola/groups/*.json \\
@@ -90,7 +90,6 @@ def _clean(folder: Path, indices: set[int]) -> None:
             path.suffix in (".mp4", ".npz") and path.name not in kept
         ):
             path.unlink()
-    (folder / JOURNAL).touch()
 
 
 if __name__ == "__main__":
