@@ -4,6 +4,7 @@
 #   snakemake --cores all --configfile config/worldgym.yaml results/worldgym/figures/sweeps/sheet.png
 #
 # This file is the table of contents; each stage's rules, inputs and outputs are described in rules/<stage>.smk.
+import os
 import sys
 
 from snakemake.utils import min_version

@@ -5,8 +5,38 @@ needs   the network, or a copy of the set (episodes.recorded.copies)
 makes   results/downloads/<dataset>/, and results/episodes/<dataset>/<split>/episodes.parquet, written last, with
         rejected.parquet, provenance.json, and one mp4 and one npz per episode beside it
 how     shards are converted in groups, one job each; downloads and conversions that were cut continue where they stopped.
-        Fetch and convert without training: `snakemake … recorded_data`
+        Fetch and convert without training: `snakemake … recorded_data`. Any set's episodes can be looked at, also the lab's:
+        `snakemake … results/figures/episodes/<dataset>/<split>/contact_sheet.png`
 """
+
+
+# Not part of `all`: ask for it by name.
+rule inspect_episodes:
+    input:
+        lambda wildcards: flow.store(wildcards.dataset, wildcards.split),
+    output:
+        sheet=report(
+            f"{results}/figures/episodes/{{dataset}}/{{split}}/contact_sheet.png",
+            caption="../config/report/episodes.rst",
+            category="Recorded data",
+        ),
+        actions=report(
+            f"{results}/figures/episodes/{{dataset}}/{{split}}/actions.png",
+            caption="../config/report/episodes.rst",
+            category="Recorded data",
+        ),
+        alignment=f"{results}/figures/episodes/{{dataset}}/{{split}}/alignment.csv",
+    log:
+        f"{results}/logs/inspect_episodes/{{dataset}}/{{split}}.log",
+    conda:
+        "../envs/base.yaml"
+    params:
+        folder=lambda wildcards, output: os.path.dirname(output.sheet),
+        convention=flow.config.world_model.convention,
+    shell:
+        "python -m workflow_src.episodes.inspect {input:q} --out {params.folder} --convention {params.convention}"
+        " 2>&1 | tee {log}"
+
 
 if flow.recorded:
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tests.chain import copy_project
 from tests.rlds import jpeg, steps_of, write_rlds
 from tests.test_datasets import GOLDEN, REGISTRY
 from workflow_src.common.errors import UserError
@@ -236,8 +239,6 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch
 @pytest.mark.parametrize("calls", [1, 4, 9, 14, 17, 21])
 def test_interrupted_anywhere_and_started_again_gives_the_same_bytes(tmp_path, monkeypatch, calls):
     """Ended right after the n-th file got its name: in the midst of a shard, between shards, groups and tables."""
-    import os
-
     source, rename, count = make_source(tmp_path / "source"), os.replace, 0
     run(source, tmp_path / "whole")
 
@@ -258,6 +259,21 @@ def test_interrupted_anywhere_and_started_again_gives_the_same_bytes(tmp_path, m
         with pytest.raises(UserError, match="not finished"):
             EpisodeStore(left)
     run(source, tmp_path / "viola")
+    assert content(tmp_path / "viola") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("victim", ["*/train/000000003.mp4", "*/train/000000002.npz"])
+def test_killed_and_started_again_gives_the_same_bytes(tmp_path, victim):
+    """kill -9 between the two files of an episode, and between two episodes of a shard."""
+    source, project = make_source(tmp_path / "source"), copy_project(tmp_path / "project")
+    run(source, tmp_path / "whole", groups=1)
+    out = tmp_path / "viola" / "groups" / "1-of-1.json"
+    words = [sys.executable, "-m", "workflow_src.episodes.convert", "--dataset", "viola", "--source", str(source),
+             "--size", str(SIZE), "--out", str(out)]  # fmt: skip
+    faults = {**os.environ, "PYTHONPATH": str(project), "KILL_AFTER": victim, "KILL_WHOM": "self"}
+    killed = subprocess.run(words, cwd=project, env=faults, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL and not out.exists()
+    run(source, tmp_path / "viola", groups=1)
     assert content(tmp_path / "viola") == content(tmp_path / "whole")
 
 

@@ -67,7 +67,9 @@ def test_a_set_of_ones_own_is_fetched_and_converted(tmp_path):
         entry = entry_dict(REGISTRY["viola"]) | {"address": server.url.replace("/file.bin", "/sets/mine")}
         (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"mine": entry}))
         config = write(tmp_path, configured("mine", {"registry": str(tmp_path / "mine.yaml")}))
-        run(tmp_path / "run", "recorded_data", config=config)
+        page = "results/figures/episodes/mine/validation/contact_sheet.png"
+        run(tmp_path / "run", "recorded_data", page, config=config)
+    assert (tmp_path / "run" / page).with_name("alignment.csv").is_file()
     stores = tmp_path / "run" / "results" / "episodes" / "mine"
     assert (len(EpisodeStore(stores / "train")), len(EpisodeStore(stores / "test"))) == (6, 2)
     assert json.loads((stores / "train" / "provenance.json").read_text())["dataset"] == "mine"
