@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,8 +27,11 @@ from workflow_src.common.progress import Progress, say
 from workflow_src.episodes.action_maps import check_sign, displacements, metric, read
 from workflow_src.episodes.registry import REGISTRY, Dataset, entry_dict, lookup
 from workflow_src.episodes.rlds import Shard, Steps, decode_image
-from workflow_src.episodes.sources import Source, open_source
+from workflow_src.episodes.sources import open_source
 from workflow_src.episodes.store import JOURNAL, episode_paths, write_episode
+
+if TYPE_CHECKING:
+    from workflow_src.episodes.sources import Source
 
 EXAMPLES = """example:
   python -m workflow_src.episodes.convert --dataset viola --shard-group 1/4 --source downloads/viola \\

@@ -17,7 +17,8 @@ from workflow_src.common.files import atomic_path, copy_file, write_json
 from workflow_src.common.process import die_with_parent
 from workflow_src.common.progress import Progress
 from workflow_src.episodes.actions import GRIPPER, metric_actions
-from workflow_src.episodes.lerobot import INFO, TASK
+from workflow_src.episodes.lerobot import TASK
+from workflow_src.episodes.sources import LEROBOT_INFO
 from workflow_src.episodes.store import EpisodeStore, episode_paths
 
 EXAMPLES = """example:
@@ -69,7 +70,7 @@ def export(stores: list[EpisodeStore], out: Path) -> None:
     with atomic_path(out / "meta" / "tasks.parquet") as temporary:
         pd.DataFrame({"task_index": range(len(texts))}, index=pd.Index(texts, name=TASK)).to_parquet(temporary)
     write_json(out / "meta" / "stats.json", _statistics(frames, stores))
-    write_json(out / INFO, {
+    write_json(out / LEROBOT_INFO, {
         "codebase_version": "v3.0", "robot_type": robot, "total_episodes": len(rows), "total_frames": len(frames),
         "total_tasks": len(texts), "chunks_size": CHUNK, "data_files_size_in_mb": 100, "video_files_size_in_mb": 200,
         "fps": int(hz) if hz == int(hz) else hz, "splits": splits, "data_path": DATA_PATH, "video_path": VIDEO_PATH,

@@ -21,8 +21,8 @@ from workflow_src.common.errors import UserError
 from workflow_src.common.files import digest, sha256_file
 from workflow_src.common.video import frame_times, read_frames
 from workflow_src.episodes.rlds import Shard, Steps
+from workflow_src.episodes.sources import LEROBOT_INFO
 
-INFO = "meta/info.json"
 TASK = "task"
 
 
@@ -41,13 +41,13 @@ class LeRobot:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         try:
-            self._info = json.loads((self.root / INFO).read_text(encoding="utf-8"))
+            self._info = json.loads((self.root / LEROBOT_INFO).read_text(encoding="utf-8"))
             self._version = re.fullmatch(r"v?([23])\.\d+", str(self._info["codebase_version"]))
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{self.root / INFO}: not LeRobot's description of a data set ({error})") from error
+            raise UserError(f"{self.root / LEROBOT_INFO}: not LeRobot's description of a data set ({error})") from error
         if not self._version:
             raise UserError(
-                f"{self.root / INFO}: codebase_version {self._info['codebase_version']!r} is not v2.x or v3.x"
+                f"{self.root / LEROBOT_INFO}: codebase_version {self._info['codebase_version']!r} is not v2.x or v3.x"
             )
 
     @property
@@ -72,7 +72,9 @@ class LeRobot:
     def episodes(self, shard: Shard, features: Sequence[str], image: str = "") -> Iterator[Steps]:
         """The episodes of a shard; arguments and results as `Rlds.episodes`, but for images of videos, which are decoded."""
         if image and image not in self._info["features"]:
-            raise UserError(f"{self.root / INFO}: there is no feature {image!r}; check the data set's image key")
+            raise UserError(
+                f"{self.root / LEROBOT_INFO}: there is no feature {image!r}; check the data set's image key"
+            )
         for record in range(shard.episodes):
             index, read = shard.first + record, round(shard.bytes * (record + 1) / shard.episodes)
             try:
@@ -107,7 +109,7 @@ class LeRobot:
             found = re.fullmatch(r"(\d+):(\d+)", str(span))
             if not found or int(found[2]) > len(self._places):
                 raise UserError(
-                    f"{self.root / INFO}: splits.{name} {span!r} is not a range of {len(self._places)} episodes"
+                    f"{self.root / LEROBOT_INFO}: splits.{name} {span!r} is not a range of {len(self._places)} episodes"
                 )
             splits[name] = int(found[1]), int(found[2])
         return splits

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -87,6 +88,7 @@ def lookup(name: str, path: str | Path = "") -> Dataset:
     return registry[name]
 
 
+@lru_cache(4)
 def _load(path: Path) -> dict[str, Dataset]:
     try:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
