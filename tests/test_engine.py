@@ -82,7 +82,8 @@ def loss(net: nn.Module, step: int, samples: np.ndarray) -> dict[str, torch.Tens
 
 
 def train(state: Path, config: Training = CONFIG, **options) -> tuple[Engine, nn.Module]:
-    engine = Engine(model(), options.pop("loss", loss), config, seed=0, state=state, digest="d", label="toy", **options)
+    net, function = options.pop("net", model)(), options.pop("loss", loss)
+    engine = Engine(net, function, config, seed=0, state=state, digest="d", label="toy", **options)
     return engine, engine.run()
 
 
