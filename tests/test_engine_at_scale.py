@@ -65,11 +65,15 @@ def test_sharded_training_equals_whole_training_and_continues_its_checkpoints(tm
     assert {k: v.shape for k, v in files["a"].tensors.items()} == {k: v.shape for k, v in files["b"].tensors.items()}
 
 
-def test_what_cannot_be_sharded_is_refused_by_field():
+def test_what_cannot_be_sharded_is_refused_by_field(monkeypatch):
+    cpu = torch.device("cpu")
     with pytest.raises(UserError, match=r"training.optimizer: muon .* use adamw"):
-        sharding.check(replace(CONFIG, shard=True), prepares=False)
+        sharding.check(replace(CONFIG, shard=True), cpu, prepares=False)
     with pytest.raises(UserError, match=r"training.shard: true, .*own_frames.share: set it to 0"):
-        sharding.check(replace(ADAMW, shard=True), prepares=True)
+        sharding.check(replace(ADAMW, shard=True), cpu, prepares=True)
+    monkeypatch.delattr(sharding.FSDPModule, sharding.SUM_FIRST)
+    with pytest.raises(UserError, match=r"training.shard: true, but torch \S+ cannot do it on CPUs"):
+        sharding.check(replace(ADAMW, shard=True), cpu, prepares=False)
     for option in ("shard", "compile", "activation_checkpointing"):
         with pytest.raises(UserError, match=f"training.{option}: true, but Linear has no `blocks`"):
             blocks.blocks_of(nn.Linear(2, 2), option)
