@@ -5,6 +5,7 @@
 #
 # This file is the table of contents; each stage's rules, inputs and outputs are described in rules/<stage>.smk.
 import sys
+from pathlib import Path
 
 from snakemake.utils import min_version
 
@@ -27,6 +28,7 @@ if "policies" not in config:
 
 flow = open_workflow(config)
 results = flow.results
+PUBLISHED = sorted(file.stem for file in Path(workflow.basedir, "config", "published").glob("*.csv"))
 ROLLOUTS = "{results}/rollouts/{world}/{policy}/shard_{shard}/rollouts.parquet"
 shell.prefix(shell_prefix(workflow.deployment_settings.deployment_method))
 limit_servers(workflow)
@@ -42,6 +44,7 @@ wildcard_constraints:
     policy=any_of(flow.config.policies),
     world=any_of(WORLDS),
     shard=r"\d+",
+    published=any_of(PUBLISHED),
 
 
 # The default target stands first.

@@ -1,10 +1,22 @@
 """
-Tables, figures, contact sheets, gallery.
+Tables, figures, contact sheets, gallery; and the same report on published numbers.
 
-needs   rollouts and judgements of every policy in both worlds
-makes   results/tables/*.csv, results/figures/*.{png,svg,gif}, results/gallery/index.html
+needs   rollouts and judgements of every policy in both worlds; for published numbers a CSV and nothing else
+makes   results/tables/*.csv, results/figures/*.{png,svg,gif}, results/gallery/index.html;
+        on request results/published/<name>/*.{csv,png,svg,html} (`snakemake --cores 1 published`)
 how     cheap, so their sources are inputs: an edit reruns them
 """
+
+STATISTICS = (
+    "agreement.py",
+    "cells.py",
+    "comparisons.py",
+    "posterior.py",
+    "records.py",
+    "resampling.py",
+    "statistics.py",
+    "tables.py",
+)
 
 
 rule make_tables:
@@ -12,7 +24,7 @@ rule make_tables:
         config=flow.stage("analysis"),
         rollouts=flow.per_rollout(ROLLOUTS),
         judgements=f"{results}/judgements/judgements.parquet",
-        sources=flow.sources("tables.py", "agreement.py", "statistics.py", "records.py"),
+        sources=flow.sources(*STATISTICS),
     output:
         ranking=report(
             f"{results}/tables/policy_ranking.csv",
@@ -34,6 +46,11 @@ rule make_tables:
             caption="../config/report/judge.rst",
             category="Agreement",
         ),
+        comparisons=report(
+            f"{results}/tables/comparisons.csv",
+            caption="../config/report/comparisons.rst",
+            category="Ranking",
+        ),
     log:
         f"{results}/logs/make_tables.log",
     benchmark:
@@ -43,7 +60,8 @@ rule make_tables:
     shell:
         "python -m workflow_src.analysis.tables --config {input.config} --judgements {input.judgements}"
         " --rollouts {input.rollouts} --out-ranking {output.ranking} --out-per-task {output.per_task}"
-        " --out-agreement {output.agreement} --out-judge {output.judge} 2>&1 | tee {log}"
+        " --out-agreement {output.agreement} --out-judge {output.judge} --out-comparisons {output.comparisons}"
+        " 2>&1 | tee {log}"
 
 
 rule draw_figures:
@@ -53,7 +71,7 @@ rule draw_figures:
         per_task=f"{results}/tables/per_task.csv",
         agreement=f"{results}/tables/agreement.csv",
         world_model=f"{results}/world_model/model.safetensors",
-        sources=flow.sources("figures.py", "labels.py"),
+        sources=flow.sources("figures.py", "labels.py", "statistics.py"),
     output:
         ranking=report(
             f"{results}/figures/policy_ranking.png",
@@ -63,6 +81,11 @@ rule draw_figures:
         scatter=report(
             f"{results}/figures/real_vs_imagined.png",
             caption="../config/report/scatter.rst",
+            category="Agreement",
+        ),
+        reliability=report(
+            f"{results}/figures/reliability.png",
+            caption="../config/report/reliability.rst",
             category="Agreement",
         ),
         per_task=report(
@@ -121,3 +144,23 @@ rule show_rollouts:
         " --judgements {input.judgements} --out-dir {params.folder}"
         " && python -m workflow_src.analysis.gallery --config {input.config} --rollouts {input.rollouts}"
         " --judgements {input.judgements} --out {output.gallery}) 2>&1 | tee {log}"
+
+
+rule report_published:
+    input:
+        pairs=f"{workflow.basedir}/config/published/{{published}}.csv",
+        sources=flow.sources(*STATISTICS, "figures.py", "labels.py", "report.py"),
+    output:
+        ranking=f"{results}/published/{{published}}/policy_ranking.csv",
+        per_task=f"{results}/published/{{published}}/per_task.csv",
+        agreement=f"{results}/published/{{published}}/agreement.csv",
+        comparisons=f"{results}/published/{{published}}/comparisons.csv",
+        scatter=f"{results}/published/{{published}}/real_vs_imagined.png",
+    log:
+        f"{results}/logs/report_published/{{published}}.log",
+    conda:
+        "../envs/base.yaml"
+    params:
+        folder=f"{results}/published/{{published}}",
+    shell:
+        "python -m workflow_src.analysis.agreement --pairs {input.pairs} --out {params.folder} 2>&1 | tee {log}"

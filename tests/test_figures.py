@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from tests import analysis_data as data
-from workflow_src.analysis import contact_sheet, figures, gallery, pairs, records, tables
+from workflow_src.analysis import comparisons, contact_sheet, figures, gallery, pairs, records, tables
 from workflow_src.common.config import load_stage
 from workflow_src.common.errors import UserError
 from workflow_src.common.video import read_video
@@ -35,8 +35,9 @@ def finished(tmp_path_factory):
     files["config"] = data.stage_file(folder)
     stage = load_stage(files["config"])
     study = tables.open_study(stage, records.load_judgements(files["judgements"]))
-    made = {"policy_ranking": tables.ranking(study), "per_task": tables.per_task(study),
-            "agreement": tables.agreement_table(study),
+    compared = tables.comparison_table(study)
+    made = {"policy_ranking": comparisons.add_groups(tables.ranking(study), compared), "comparisons": compared,
+            "per_task": tables.per_task(study), "agreement": tables.agreement_table(study),
             "judge": tables.judge_table(study.judgements, study.policies, study.tasks, 0.95)}  # fmt: skip
     for name, table in made.items():
         tables.write_csv(table, folder / "tables" / f"{name}.csv")
@@ -67,7 +68,7 @@ def test_figures_come_as_svg_and_png(finished, tmp_path, monkeypatch):
     arguments = [part for flag, name in names.items() for part in (f"--{flag}", folder / "tables" / f"{name}.csv")]
     call(figures, monkeypatch, "--config", files["config"], *arguments, "--validation", tmp_path / "validation.csv",
          "--out-dir", tmp_path)  # fmt: skip
-    for name in ("real_vs_imagined", "policy_ranking", "per_task", "fidelity"):
+    for name in ("real_vs_imagined", "reliability", "policy_ranking", "per_task", "fidelity"):
         assert (tmp_path / f"{name}.svg").read_text().lstrip().startswith("<?xml")
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.width > 600
@@ -86,13 +87,46 @@ def test_scatter_names_every_policy_without_overlap(loaded):
         assert figure.axes[0].bbox.x0 <= box.x0 and box.x1 <= figure.axes[0].bbox.x1
 
 
+@pytest.mark.parametrize("side", ["real", "imagined"])
 @pytest.mark.parametrize("name", figures.FIGURES)
-def test_figures_without_reality(loaded, name, tmp_path):
+def test_figures_without_one_side(loaded, name, side, tmp_path):
     ranking, per_task, agreement = loaded
     for table in (ranking, per_task):
-        table[[column for column in table if "_real" in column]] = np.nan
+        table[[column for column in table if f"_{side}" in column]] = np.nan
     figures.save(figures.FIGURES[name](ranking, per_task, agreement.iloc[:0]), tmp_path, name)
     assert (tmp_path / f"{name}.png").stat().st_size > 0
+
+
+def test_ranking_figure_shows_ranks_and_groups(loaded):
+    ranking, *_ = loaded
+    shown = [text.get_text() for text in figures.ranking_figure(*loaded).axes[0].texts]
+    for column in ("rank_imagined", "rank_real", "group_imagined", "group_real"):
+        expected = ranking[column].astype(str).tolist()
+        assert any(shown[i : i + len(expected)] == expected for i in range(len(shown))), column
+
+
+def test_cells_keep_their_intervals_while_they_are_few(loaded):
+    """Each policy has one colour; where all are of one family, each its own."""
+    ranking, per_task, agreement = loaded
+    assert set(figures.looks(ranking).values()) == {figures.FAMILIES[name] for name in set(ranking["family"])}
+    same = ranking.assign(family="trained")
+    assert len({colour for colour, _ in figures.looks(same).values()}) == len(ranking)
+    lines = [len(figures.scatter(same, per_task, agreement).axes[0].collections)]
+    many = pd.concat([per_task] * 4, ignore_index=True)
+    lines.append(len(figures.scatter(same, many, agreement).axes[0].collections))
+    assert lines[0] == lines[1] + 2 * len(ranking)  # upright and level intervals of the cells
+
+
+def test_reliability_is_the_mean_real_success_of_cells_with_like_imagined_success(loaded):
+    ranking, per_task, agreement = loaded
+    table = per_task.iloc[:6].assign(
+        success_imagined=[0.1, 0.1, 0.5, 0.5, 1.0, 0.9], success_real=[0, 0.2, 0.3, 0.5, 1, 1]
+    )
+    axes = figures.reliability(ranking, table, agreement).axes[0]
+    (curve,) = [line for line in axes.lines if line.get_marker() == "o"]
+    drawn = np.array(curve.get_data()).T
+    np.testing.assert_allclose(drawn[~np.isnan(drawn[:, 0])], [(0.1, 0.1), (0.5, 0.4), (0.95, 1.0)])
+    assert [text.get_text() for text in axes.texts] == ["2", "2", "2"]
 
 
 def test_same_tables_same_bytes(loaded, tmp_path):

@@ -25,10 +25,10 @@ def study(folder, table, **options):
 
 
 def run(folder, monkeypatch, table, **options):
-    """The command line; returns the four tables."""
+    """The command line; returns the five tables."""
     files = data.write_run(folder / "results", table)
     config = data.stage_file(folder, **options)
-    names = ("ranking", "per-task", "agreement", "judge")
+    names = ("ranking", "per-task", "agreement", "judge", "comparisons")
     outputs = [folder / "results" / "tables" / f"{'policy_ranking' if n == 'ranking' else n.replace('-', '_')}.csv"
                for n in names]  # fmt: skip
     arguments = ["tables", "--config", config, "--judgements", *files["judgements"], "--rollouts", *files["rollouts"]]
@@ -43,7 +43,7 @@ def run(folder, monkeypatch, table, **options):
 
 
 def test_ranking_table(tmp_path, monkeypatch):
-    ranking, per_task, agreement, judge = run(tmp_path, monkeypatch, data.judgements())
+    ranking, per_task, agreement, judge, comparisons = run(tmp_path, monkeypatch, data.judgements())
     assert ranking["policy"][0] in ("late", "scripted") and sorted(ranking["policy"]) == sorted(POLICIES)
     assert ranking["rank_imagined"].is_monotonic_increasing and ranking["rank_imagined"].iloc[0] == 1
     assert (ranking["n_imagined"] == 30).all() and (ranking["n_real"] == 30).all()
@@ -60,8 +60,13 @@ def test_ranking_table(tmp_path, monkeypatch):
     means = per_task.groupby("policy")["success_real"].mean()
     assert means[ranking["policy"]].to_numpy() == pytest.approx(ranking["success_real"].to_numpy())
     assert set(agreement["scope"]) == {"all policies", "trained policies", "policy x task cells",
-                                       "trained policy x task cells", "state judge", "trials"}  # fmt: skip
+                                       "trained policy x task cells", "state judge", "within tasks",
+                                       "trials"}  # fmt: skip
     assert set(judge["judge"]) == {"classifier", "state"}
+    assert comparisons["side"].value_counts().to_dict() == {"imagined": 15, "real": 15}
+    assert set(comparisons["test"]) == {"exact McNemar, first frames as clusters"} and (comparisons["n"] == 30).all()
+    groups = ranking.set_index("policy")["group_real"]
+    assert not set(groups["late"]) & set(groups["random"])
 
 
 def test_rates_are_those_of_the_rollouts(tmp_path):
@@ -147,9 +152,12 @@ def test_judge_accuracy_on_lab_videos(tmp_path):
 
 def test_ranking_without_a_lab(tmp_path, monkeypatch):
     table = data.judgements(per_task=3)
-    ranking, per_task, agreement, judge = run(tmp_path, monkeypatch, table[table["world"] == "world_model"])
+    ranking, per_task, agreement, judge, comparisons = run(
+        tmp_path, monkeypatch, table[table["world"] == "world_model"]
+    )
     assert ranking["success_imagined"].notna().all() and ranking["success_real"].isna().all()
     assert per_task["success_real"].isna().all() and agreement.empty and judge.empty
+    assert set(comparisons["side"]) == {"imagined"} and ranking["group_real"].isna().all()
     assert "no real results" in summary.summary(tmp_path / "results")
 
 
@@ -193,6 +201,8 @@ def test_reality_from_a_csv(tmp_path):
     assert found["success_real"].to_numpy() == pytest.approx(expected[found["policy"]].to_numpy())
     assert (found["n_real"] == 30).all() and found["partial_real"].isna().all()
     assert set(tables.agreement_table(opened)["pairing"]) == {"same tasks, other first frames"}
+    compared = tables.comparison_table(opened).groupby("side")["test"].unique()
+    assert compared["real"].tolist() == ["Barnard exact"] and "McNemar" in compared["imagined"][0]
 
 
 def drop_first(table):

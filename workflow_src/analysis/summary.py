@@ -51,7 +51,7 @@ def agreement_lines(rows: list[dict[str, str]]) -> list[str]:
     lines = []
     for scope in SCOPES:
         found = {row["statistic"]: row for row in rows if row["scope"] == scope}
-        if not found:
+        if "pearson" not in found:
             continue
         n = found["pearson"]["n"]
         numbers = "  ".join([
