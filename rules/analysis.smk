@@ -11,7 +11,9 @@ STATISTICS = (
     "agreement.py",
     "cells.py",
     "comparisons.py",
+    "components.py",
     "posterior.py",
+    "prediction_powered.py",
     "records.py",
     "resampling.py",
     "statistics.py",
@@ -51,6 +53,16 @@ rule make_tables:
             caption="../config/report/comparisons.rst",
             category="Ranking",
         ),
+        prediction_powered=report(
+            f"{results}/tables/prediction_powered.csv",
+            caption="../config/report/prediction_powered.rst",
+            category="Agreement",
+        ),
+        variance=report(
+            f"{results}/tables/variance.csv",
+            caption="../config/report/variance.rst",
+            category="Agreement",
+        ),
     log:
         f"{results}/logs/make_tables.log",
     benchmark:
@@ -61,7 +73,7 @@ rule make_tables:
         "python -m workflow_src.analysis.tables --config {input.config} --judgements {input.judgements}"
         " --rollouts {input.rollouts} --out-ranking {output.ranking} --out-per-task {output.per_task}"
         " --out-agreement {output.agreement} --out-judge {output.judge} --out-comparisons {output.comparisons}"
-        " 2>&1 | tee {log}"
+        " --out-prediction-powered {output.prediction_powered} --out-variance {output.variance} 2>&1 | tee {log}"
 
 
 rule draw_figures:

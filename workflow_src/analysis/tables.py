@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workflow_src.analysis import agreement, cells, comparisons, posterior, records, resampling
+from workflow_src.analysis import agreement, cells, comparisons, posterior, prediction_powered, records, resampling
 from workflow_src.analysis import statistics as st
 from workflow_src.analysis.records import IMAGINED, LAB, TRUTH, Outcomes
 from workflow_src.analysis.resampling import Paired
@@ -264,6 +264,25 @@ def comparison_table(study: Study) -> pd.DataFrame:
     return comparisons.comparison_table(rows)
 
 
+def prediction_powered_table(study: Study) -> pd.DataFrame:
+    """`prediction_powered.csv`: had only `analysis.real_trials` trials of each task been tried in the lab."""
+    rows = []
+    if study.truth is not None:
+        rows = prediction_powered.rows_of_run(
+            study.imagined, study.truth, study.policies, study.stage.analysis.real_trials, study.stage.seed,
+            study.confidence,
+        )  # fmt: skip
+    return prediction_powered.table_of(rows, [*prediction_powered.COLUMNS, "success_all"])
+
+
+def variance_table(study: Study) -> pd.DataFrame:
+    """`variance.csv`: where the scatter of imagined rollouts comes from, and that of the lab's."""
+    from workflow_src.analysis import components
+
+    sides = [(IMAGINED, study.stage.judges.primary)] + ([(LAB, TRUTH)] if study.truth is not None else [])
+    return components.variance_table(study.judgements, sides)
+
+
 # ---- judges ---------------------------------------------------------------------------------------------------------
 
 
@@ -320,18 +339,19 @@ def write_csv(table: pd.DataFrame, path: str | Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Turn judgements into policy_ranking, per_task, agreement, comparisons and judge tables.",
+        description="Turn judgements into tables: ranking, per task, agreement, comparisons, judges and more.",
         epilog="example:\n  python -m workflow_src.analysis.tables --config results/config/analysis.json "
         "--judgements results/judgements/*/*/*.parquet --rollouts results/rollouts/*/*/*/rollouts.parquet "
         "--out-ranking results/tables/policy_ranking.csv --out-per-task results/tables/per_task.csv "
         "--out-agreement results/tables/agreement.csv --out-judge results/tables/judge.csv "
-        "--out-comparisons results/tables/comparisons.csv",
+        "--out-comparisons results/tables/comparisons.csv "
+        "--out-prediction-powered results/tables/prediction_powered.csv --out-variance results/tables/variance.csv",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, help="stage file")
     parser.add_argument("--judgements", nargs="+", required=True, help="parquet files written by judges.score")
     parser.add_argument("--rollouts", nargs="+", required=True, help="rollouts.parquet files")
-    for name in ("ranking", "per-task", "agreement", "judge", "comparisons"):
+    for name in ("ranking", "per-task", "agreement", "judge", "comparisons", "prediction-powered", "variance"):
         parser.add_argument(f"--out-{name}", required=True, help="CSV to write")
     arguments = parser.parse_args()
     die_with_parent()
@@ -342,6 +362,8 @@ def main() -> None:
     write_csv(per_task(study), arguments.out_per_task)
     write_csv(agreement_table(study), arguments.out_agreement)
     write_csv(judge_table(judgements, study.policies, study.tasks, study.confidence), arguments.out_judge)
+    write_csv(prediction_powered_table(study), arguments.out_prediction_powered)
+    write_csv(variance_table(study), arguments.out_variance)
     compared = comparison_table(study)
     write_csv(compared, arguments.out_comparisons)
     write_csv(comparisons.add_groups(ranking(study), compared), arguments.out_ranking)
