@@ -13,6 +13,7 @@ min_version("9.20")
 
 sys.path.insert(0, workflow.basedir)
 from workflow_src.workflow import (
+    CORRUPTIONS,
     WORLDS,
     any_of,
     limit_servers,

@@ -1,9 +1,10 @@
 """
-Tables, figures, contact sheets, gallery; and the same report on published numbers.
+Tables, figures, contact sheets, gallery; on request failure optimism, and the same report on published numbers.
 
 needs   rollouts and judgements of every policy in both worlds; for published numbers a CSV and nothing else
 makes   results/tables/*.csv, results/figures/*.{png,svg,gif}, results/gallery/index.html;
-        on request results/published/<name>/*.{csv,png,svg,html} (`snakemake --cores 1 published`)
+        on request results/tables/failure_optimism.csv (a minute: replays of corrupted actions under results/corrupted/),
+        results/published/<name>/*.{csv,png,svg,html} (`snakemake --cores 1 published`)
 how     cheap, so their sources are inputs: an edit reruns them
 """
 
@@ -156,6 +157,82 @@ rule show_rollouts:
         " --judgements {input.judgements} --out-dir {params.folder}"
         " && python -m workflow_src.analysis.gallery --config {input.config} --rollouts {input.rollouts}"
         " --judgements {input.judgements} --out {output.gallery}) 2>&1 | tee {log}"
+
+
+rule replay_corrupted:
+    input:
+        config=flow.stage("corruptions"),
+        trials=f"{results}/trials/trials.json",
+        rollouts=flow.per_rollout(ROLLOUTS, "lab"),
+        world_model=f"{results}/world_model/model.safetensors",
+    output:
+        expand(f"{results}/corrupted/{{world}}/{{corruption}}/rollouts.parquet", world=WORLDS, corruption=CORRUPTIONS),
+    log:
+        f"{results}/logs/replay_corrupted.log",
+    benchmark:
+        f"{results}/benchmarks/replay_corrupted.jsonl"
+    conda:
+        "../envs/base.yaml"
+    threads: 2
+    params:
+        folder=f"{results}/corrupted",
+    shell:
+        "python -m workflow_src.rollouts.corruptions --config {input.config} --trials {input.trials}"
+        " --rollouts {input.rollouts} --world-model {input.world_model} --out {params.folder} 2>&1 | tee {log}"
+
+
+rule judge_corrupted:
+    input:
+        config=flow.stage("judges"),
+        judge=f"{results}/judge/model.safetensors",
+        rollouts=rules.replay_corrupted.output,
+    output:
+        f"{results}/corrupted/judgements.parquet",
+    log:
+        f"{results}/logs/judge_corrupted.log",
+    benchmark:
+        f"{results}/benchmarks/judge_corrupted.jsonl"
+    conda:
+        "../envs/base.yaml"
+    threads: 1
+    shell:
+        "python -m workflow_src.judges.score --config {input.config} --judge {input.judge}"
+        " --rollouts {input.rollouts} --out {output} 2>&1 | tee {log}"
+
+
+rule show_optimism:
+    input:
+        config=flow.stage("analysis"),
+        rollouts=rules.replay_corrupted.output,
+        judgements=rules.judge_corrupted.output,
+        sources=flow.sources("optimism.py", "contact_sheet.py", "figures.py", "pairs.py", "records.py", "statistics.py"),
+    output:
+        table=report(
+            f"{results}/tables/failure_optimism.csv",
+            caption="../config/report/failure_optimism.rst",
+            category="World model",
+        ),
+        figure=report(
+            f"{results}/figures/failure_optimism.png",
+            caption="../config/report/failure_optimism.rst",
+            category="World model",
+        ),
+        examples=report(
+            f"{results}/figures/failure_examples.png",
+            caption="../config/report/failure_examples.rst",
+            category="World model",
+        ),
+    log:
+        f"{results}/logs/show_optimism.log",
+    benchmark:
+        f"{results}/benchmarks/show_optimism.jsonl"
+    conda:
+        "../envs/base.yaml"
+    params:
+        folder=f"{results}/figures",
+    shell:
+        "python -m workflow_src.analysis.optimism --config {input.config} --rollouts {input.rollouts}"
+        " --judgements {input.judgements} --out {output.table} --out-dir {params.folder} 2>&1 | tee {log}"
 
 
 rule report_published:

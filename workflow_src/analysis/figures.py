@@ -372,12 +372,17 @@ FIGURES: dict[str, Callable[..., Any]] = {
 
 def draw_all(folder: str | Path, *tables: pd.DataFrame) -> None:
     """Draw every figure that stands on `tables`: ranking, per task, agreement."""
+    use_style()
+    for name, draw in FIGURES.items():
+        save(draw(*tables), folder, name)
+
+
+def use_style() -> None:
+    """`set_style` for drawing into files, without a screen."""
     import matplotlib
 
     matplotlib.use("Agg")
     set_style()
-    for name, draw in FIGURES.items():
-        save(draw(*tables), folder, name)
 
 
 def save(figure: Figure, folder: str | Path, name: str) -> None:

@@ -18,6 +18,7 @@ PLACES = {
     "figure": "figures/real_vs_imagined.png",
     "imagined rollouts": "figures/rollouts.gif",
     "contact sheet": "figures/contact_sheet.png",
+    "failure optimism": "tables/failure_optimism.csv",
     "gallery": "gallery/index.html",
     "notebook": "notebooks/policy_ranking.html",
     "world model": "world_model",
