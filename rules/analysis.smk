@@ -8,6 +8,7 @@ makes   results/tables/*.csv, results/figures/*.{png,svg,gif}, results/gallery/i
 how     cheap, so their sources are inputs: an edit reruns them
 """
 
+DRAWING = ("figures.py", "labels.py", "scatter.py", "statistics.py", "style.py")
 STATISTICS = (
     "agreement.py",
     "cells.py",
@@ -84,7 +85,7 @@ rule draw_figures:
         per_task=f"{results}/tables/per_task.csv",
         agreement=f"{results}/tables/agreement.csv",
         world_model=f"{results}/world_model/model.safetensors",
-        sources=flow.sources("figures.py", "labels.py", "statistics.py"),
+        sources=flow.sources(*DRAWING),
     output:
         ranking=report(
             f"{results}/figures/policy_ranking.png",
@@ -100,6 +101,11 @@ rule draw_figures:
             f"{results}/figures/reliability.png",
             caption="../config/report/reliability.rst",
             category="Agreement",
+        ),
+        checkpoints=report(
+            f"{results}/figures/checkpoints.png",
+            caption="../config/report/checkpoints.rst",
+            category="Ranking",
         ),
         per_task=report(
             f"{results}/figures/per_task.png",
@@ -205,7 +211,7 @@ rule show_optimism:
         config=flow.stage("analysis"),
         rollouts=rules.replay_corrupted.output,
         judgements=rules.judge_corrupted.output,
-        sources=flow.sources("optimism.py", "contact_sheet.py", "figures.py", "pairs.py", "records.py", "statistics.py"),
+        sources=flow.sources("optimism.py", "contact_sheet.py", "pairs.py", "records.py", "statistics.py", "style.py"),
     output:
         table=report(
             f"{results}/tables/failure_optimism.csv",
@@ -238,7 +244,7 @@ rule show_optimism:
 rule report_published:
     input:
         pairs=f"{workflow.basedir}/config/published/{{published}}.csv",
-        sources=flow.sources(*STATISTICS, "figures.py", "labels.py", "report.py"),
+        sources=flow.sources(*STATISTICS, *DRAWING, "report.py"),
     output:
         ranking=f"{results}/published/{{published}}/policy_ranking.csv",
         per_task=f"{results}/published/{{published}}/per_task.csv",
@@ -253,3 +259,30 @@ rule report_published:
         folder=f"{results}/published/{{published}}",
     shell:
         "python -m workflow_src.analysis.agreement --pairs {input.pairs} --out {params.folder} 2>&1 | tee {log}"
+
+
+rule draw_experiments:
+    input:
+        versions=f"{workflow.basedir}/config/published/experiments/versions.csv",
+        shifts=f"{workflow.basedir}/config/published/experiments/out_of_distribution.csv",
+        sources=flow.sources("experiments.py", "statistics.py", "style.py"),
+    output:
+        versions=report(
+            f"{results}/published/experiments/versions.png",
+            caption="../config/report/versions.rst",
+            category="Published numbers",
+        ),
+        shifts=report(
+            f"{results}/published/experiments/out_of_distribution.png",
+            caption="../config/report/out_of_distribution.rst",
+            category="Published numbers",
+        ),
+    log:
+        f"{results}/logs/draw_experiments.log",
+    conda:
+        "../envs/base.yaml"
+    params:
+        folder=f"{results}/published/experiments",
+    shell:
+        "python -m workflow_src.analysis.experiments --versions {input.versions} --shifts {input.shifts}"
+        " --out-dir {params.folder} 2>&1 | tee {log}"

@@ -10,6 +10,7 @@ how     papermill through the shell; notebooks in git hold no output
 rule published:
     input:
         expand(f"{results}/published/{{name}}/agreement.html", name=PUBLISHED),
+        rules.draw_experiments.output,
 
 
 rule render_published:
@@ -19,7 +20,7 @@ rule render_published:
         per_task=f"{results}/published/{{published}}/per_task.csv",
         agreement=f"{results}/published/{{published}}/agreement.csv",
         comparisons=f"{results}/published/{{published}}/comparisons.csv",
-        sources=flow.sources("figures.py", "labels.py", "statistics.py"),
+        sources=flow.sources(*DRAWING),
     output:
         notebook=f"{results}/published/{{published}}/agreement.ipynb",
         html=report(
@@ -47,7 +48,7 @@ rule render_notebook:
         agreement=f"{results}/tables/agreement.csv",
         judge=f"{results}/tables/judge.csv",
         comparisons=f"{results}/tables/comparisons.csv",
-        sources=flow.sources("figures.py", "labels.py", "statistics.py"),
+        sources=flow.sources(*DRAWING),
     output:
         notebook=f"{results}/notebooks/{{notebook}}.ipynb",
         html=report(

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from tests import analysis_data as data
-from workflow_src.analysis import comparisons, contact_sheet, figures, gallery, pairs, records, tables
+from workflow_src.analysis import comparisons, contact_sheet, figures, gallery, pairs, records, style, tables
 from workflow_src.common.config import load_stage
 from workflow_src.common.errors import UserError
 from workflow_src.common.video import read_video
@@ -68,7 +68,7 @@ def test_figures_come_as_svg_and_png(finished, tmp_path, monkeypatch):
     arguments = [part for flag, name in names.items() for part in (f"--{flag}", folder / "tables" / f"{name}.csv")]
     call(figures, monkeypatch, "--config", files["config"], *arguments, "--validation", tmp_path / "validation.csv",
          "--out-dir", tmp_path)  # fmt: skip
-    for name in ("real_vs_imagined", "reliability", "policy_ranking", "per_task", "fidelity"):
+    for name in (*figures.RUN_FIGURES, "fidelity"):
         assert (tmp_path / f"{name}.svg").read_text().lstrip().startswith("<?xml")
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.width > 600
@@ -88,12 +88,12 @@ def test_scatter_names_every_policy_without_overlap(loaded):
 
 
 @pytest.mark.parametrize("side", ["real", "imagined"])
-@pytest.mark.parametrize("name", figures.FIGURES)
+@pytest.mark.parametrize("name", figures.RUN_FIGURES)
 def test_figures_without_one_side(loaded, name, side, tmp_path):
     ranking, per_task, agreement = loaded
     for table in (ranking, per_task):
         table[[column for column in table if f"_{side}" in column]] = np.nan
-    figures.save(figures.FIGURES[name](ranking, per_task, agreement.iloc[:0]), tmp_path, name)
+    style.save(figures.RUN_FIGURES[name](ranking, per_task, agreement.iloc[:0]), tmp_path, name)
     assert (tmp_path / f"{name}.png").stat().st_size > 0
 
 
@@ -108,9 +108,9 @@ def test_ranking_figure_shows_ranks_and_groups(loaded):
 def test_cells_keep_their_intervals_while_they_are_few(loaded):
     """Each policy has one colour; where all are of one family, each its own."""
     ranking, per_task, agreement = loaded
-    assert set(figures.looks(ranking).values()) == {figures.FAMILIES[name] for name in set(ranking["family"])}
+    assert set(style.looks(ranking).values()) == {style.FAMILIES[name] for name in set(ranking["family"])}
     same = ranking.assign(family="trained")
-    assert len({colour for colour, _ in figures.looks(same).values()}) == len(ranking)
+    assert len({colour for colour, _ in style.looks(same).values()}) == len(ranking)
     lines = [len(figures.scatter(same, per_task, agreement).axes[0].collections)]
     many = pd.concat([per_task] * 4, ignore_index=True)
     lines.append(len(figures.scatter(same, many, agreement).axes[0].collections))
@@ -131,7 +131,7 @@ def test_reliability_is_the_mean_real_success_of_cells_with_like_imagined_succes
 
 def test_same_tables_same_bytes(loaded, tmp_path):
     for folder in ("a", "b"):
-        figures.save(figures.ranking_figure(*loaded), tmp_path / folder, "ranking")
+        style.save(figures.ranking_figure(*loaded), tmp_path / folder, "ranking")
     for suffix in ("svg", "png"):
         assert (tmp_path / f"a/ranking.{suffix}").read_bytes() == (tmp_path / f"b/ranking.{suffix}").read_bytes()
 
@@ -139,7 +139,7 @@ def test_same_tables_same_bytes(loaded, tmp_path):
 def test_a_table_that_lacks_columns_is_named(tmp_path):
     (tmp_path / "ranking.csv").write_text("policy\nlate\n")
     with pytest.raises(UserError, match=r"ranking\.csv: has no column family"):
-        figures.read_table(tmp_path / "ranking.csv", ["policy", "family"])
+        style.read_table(tmp_path / "ranking.csv", ["policy", "family"])
 
 
 # ---- pairs ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from tests.chain import ROOT, run
-from workflow_src.analysis import agreement, figures
+from workflow_src.analysis import agreement, experiments, figures
 from workflow_src.analysis import statistics as st
 from workflow_src.analysis.cells import load_cells
 from workflow_src.analysis.report import agreement_rows
@@ -271,6 +271,26 @@ def test_same_seed_same_report():
     one, two, other = (agreement_rows(WIDOWX, 0.95, seed) for seed in (0, 0, 1))
     pd.testing.assert_frame_equal(one, two)
     assert not one.equals(other)
+
+
+def test_figures_of_experiments(tmp_path, monkeypatch):
+    folder = FOLDER / "experiments"
+    arguments = [
+        "--versions",
+        folder / "versions.csv",
+        "--shifts",
+        folder / "out_of_distribution.csv",
+        "--out-dir",
+        tmp_path,
+    ]
+    monkeypatch.setattr(sys, "argv", ["experiments", *map(str, arguments)])
+    experiments.main()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}.{suffix}" for name in ("versions", "out_of_distribution") for suffix in ("svg", "png")
+    }
+    figure = experiments.out_of_distribution(pd.read_csv(folder / "out_of_distribution.csv"))
+    shown = {text.get_text() for text in figure.axes[0].texts}
+    assert shown == {"-51%", "-83%", "-42%"}
 
 
 def test_the_rule_needs_nothing_but_the_file(tmp_path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def policy_rows(paired: Paired, scope: str, confidence: float, generator: np.ran
     rows += _left_out_rows(paired, means)
     rows += _ceiling_rows(paired.real, paired.n_real, paired.n_imagined, means, confidence, generator)
     rows += _noise_free_rows(paired, means, confidence, aside)
-    rows += _new_task_rows(paired, means, confidence, aside)
+    rows += _new_task_rows(paired, means, ROBUST, confidence, aside)
     if paired.truth is not None:
         new = (paired.truth.means[..., 0], paired.truth.means[..., 1])
         rows += [_new_task_posterior_row(name, METRICS[name][0](*new), confidence) for name in ROBUST]
@@ -122,7 +122,8 @@ def cell_rows(paired: Paired, scope: str, confidence: float, generator: np.rando
     rows += _left_out_rows(paired, flat)
     rows += _ceiling_rows(paired.real, paired.n_real, paired.n_imagined, flat, confidence, generator)
     rows += _noise_free_rows(paired, flat, confidence, aside)
-    rows += _new_task_rows(paired, flat, confidence, aside)
+    # Drawn twice, a task takes another's place in MMRV's maximum: the bootstrap held the truth in 69 % of simulations.
+    rows += _new_task_rows(paired, flat, ("pearson", "spearman"), confidence, aside)
     if paired.truth is not None:
         rows.append(_new_task_posterior_row("pearson", paired.truth.pearson_over_new_cells(), confidence))
     return _about(rows, scope, paired.real.size, CELLS, paired.pairing)
@@ -251,11 +252,11 @@ def reach(
 
 
 def _new_task_rows(
-    paired: Paired, summary: Summary, confidence: float, generator: np.random.Generator
+    paired: Paired, summary: Summary, names: Iterable[str], confidence: float, generator: np.random.Generator
 ) -> list[dict[str, Any]]:
     """The observed statistics, had other tasks been drawn."""
     draws, rows = resampling.task_draws(paired, len(paired.real_draws), generator), []
-    for name in ROBUST:
+    for name in names:
         metric, _, convention = METRICS[name]
         value, interval = float(metric(summary(paired.imagined), summary(paired.real))), (math.nan, math.nan)
         if draws is not None:

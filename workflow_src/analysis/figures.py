@@ -10,11 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workflow_src.analysis import statistics as st
-from workflow_src.analysis.labels import place_labels
-from workflow_src.common import seeds
-from workflow_src.common.errors import UserError, run_cli
-from workflow_src.common.files import atomic_path
+from workflow_src.analysis.scatter import reliability, scatter
+from workflow_src.analysis.style import (
+    FAMILIES,
+    IMAGINED_COLOUR,
+    REAL_COLOUR,
+    SUCCESS_TICKS,
+    arms,
+    counts,
+    has,
+    has_both,
+    nothing,
+    read_table,
+    save,
+    use_style,
+)
+from workflow_src.common.errors import run_cli
 from workflow_src.common.process import die_with_parent
 
 if TYPE_CHECKING:
@@ -22,161 +33,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; a marker per family besides, for grey print.
-FAMILIES = {
-    "trained": ("#0072B2", "o"), "perturbed": ("#D55E00", "s"), "scripted": ("#009E73", "D"), "random": ("#7F7F7F", "X")
-}  # fmt: skip
-# Where all policies are of one family, each gets its own of the same author's colours.
-POLICIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-IMAGINED_COLOUR, REAL_COLOUR = "#CC6677", "#332288"
-SUCCESS_TICKS = np.linspace(0, 1, 6)
-# More cells than this would hide each other behind their intervals.
-CELLS_WITH_INTERVALS = 60
 # Letters that fit above a panel of the figure per task.
 TITLE_WIDTH = 27
-BINS = np.linspace(0, 1, 6)
-REPLICAS = 500
-
-
-def has(table: pd.DataFrame, side: str) -> bool:
-    """Whether there are results of this side, "real" or "imagined"."""
-    return bool(table[f"success_{side}"].notna().all())
-
-
-def has_both(table: pd.DataFrame) -> bool:
-    """Whether there are real and imagined results to compare."""
-    return has(table, "real") and has(table, "imagined")
-
-
-def looks(ranking: pd.DataFrame) -> dict[str, tuple[str, str]]:
-    """Policy → (colour, marker): its family's, or its own where all are of one family."""
-    if ranking["family"].nunique() == 1 and len(ranking) <= len(POLICIES):
-        return {policy: (colour, "o") for policy, colour in zip(sorted(ranking["policy"]), POLICIES)}
-    return {policy: FAMILIES[family] for policy, family in zip(ranking["policy"], ranking["family"])}
-
-
-def set_style() -> None:
-    """One look for all figures: white, quiet grid, letters that stay readable at the width of a README."""
-    import matplotlib
-    import seaborn as sns
-
-    sns.set_theme(context="notebook", style="whitegrid", font_scale=1.0)
-    matplotlib.rcParams.update({
-        "font.family": "DejaVu Sans", "axes.edgecolor": "#444444", "grid.color": "#E6E6E6", "svg.fonttype": "path",
-        "svg.hashsalt": "rehearsal", "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
-        "legend.frameon": False, "savefig.dpi": 150,
-    })  # fmt: skip
-
-
-# ---- real against imagined ------------------------------------------------------------------------------------------
-
-
-def scatter(ranking: pd.DataFrame, per_task: pd.DataFrame, agreement: pd.DataFrame) -> Figure:
-    """Imagined against real success: policy means with intervals, their tasks faint behind, the line of equality."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.8, 6.7), layout="constrained")
-    if not has_both(ranking):
-        return _nothing(axes)
-    _equality(axes)
-    _cells(axes, ranking, per_task)
-    families = sorted(set(ranking["family"]), key=list(FAMILIES).index)
-    for family in families:
-        rows = ranking[ranking["family"] == family]
-        for i, policy in enumerate(rows["policy"]):
-            label = family if len(families) > 1 and i == 0 else None
-            _mean_with_intervals(axes, rows[rows["policy"] == policy], *looks(ranking)[policy], label)
-    axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), aspect="equal", xticks=SUCCESS_TICKS, yticks=SUCCESS_TICKS,
-             xlabel="success in reality", ylabel="success imagined by the world model")  # fmt: skip
-    axes.set_title("Policies in reality and in imagination")
-    # Below the plot: inside, it would hide policies, which may lie anywhere.
-    _legend(axes, ncols=len(families) + 1, title="policies (faint: per task)")
-    _write_agreement(axes, per_task, agreement)
-    points = ranking[["success_real", "success_imagined"]].to_numpy(float)
-    place_labels(axes, points, ranking["policy"].tolist(), _arm_ends(ranking))
-    return figure
-
-
-def _legend(axes: Axes, ncols: int, **options: Any) -> None:
-    """A legend below the axes."""
-    handles, names = axes.get_legend_handles_labels()
-    # Only the markers: an interval's arms would be a stub in the legend.
-    handles = [handle[0] if isinstance(handle, tuple) else handle for handle in handles]
-    axes.figure.legend(handles, names, loc="outside lower center", ncols=ncols, fontsize=9.5, title_fontsize=9.5,
-                       **options)  # fmt: skip
-
-
-def _nothing(axes: Axes) -> Figure:
-    axes.figure.set_size_inches(6.8, 1.0)
-    axes.text(0.5, 0.5, "nothing to compare: one side has no results", ha="center", va="center", color="#777777")
-    axes.set(xticks=[], yticks=[])
-    return axes.figure
-
-
-def _equality(axes: Axes) -> None:
-    axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=(0, (4, 3)), zorder=1, label="imagined = real")
-
-
-def _cells(axes: Axes, ranking: pd.DataFrame, per_task: pd.DataFrame) -> None:
-    """Every policy's tasks, faint, with faint intervals where they are few enough."""
-    arms = len(per_task) <= CELLS_WITH_INTERVALS
-    for policy, (colour, marker) in looks(ranking).items():
-        rows = per_task[per_task["policy"] == policy]
-        x, y = rows["success_real"].astype(float), rows["success_imagined"].astype(float)
-        if arms:
-            axes.errorbar(x, y, xerr=_arms(rows, "real"), yerr=_arms(rows, "imagined"), fmt="none", ecolor=colour,
-                          elinewidth=0.7, alpha=0.1, zorder=1.5)  # fmt: skip
-        axes.scatter(x, y, s=20, color=colour, alpha=0.34, marker=marker, linewidths=0, zorder=2)
-
-
-def _mean_with_intervals(axes: Axes, row: pd.DataFrame, colour: str, marker: str, label: str | None) -> None:
-    axes.errorbar(
-        row["success_real"], row["success_imagined"], xerr=_arms(row, "real"), yerr=_arms(row, "imagined"),
-        fmt=marker, color=colour, markersize=8, markeredgecolor="white", markeredgewidth=0.9, elinewidth=1.1,
-        ecolor=colour, alpha=0.95, label=label, zorder=4,
-    )  # fmt: skip
-
-
-def _arms(rows: pd.DataFrame, side: str) -> np.ndarray:
-    value, low, high = (rows[f"success_{side}{end}"].to_numpy(float) for end in ("", "_low", "_high"))
-    return np.maximum([value - low, high - value], 0)
-
-
-def _arm_ends(ranking: pd.DataFrame) -> np.ndarray:
-    """The intervals as lines `(2 n, 2 ends, xy)`, for the labels to keep clear of."""
-    real, imagined = (ranking[f"success_{side}"].to_numpy(float) for side in ("real", "imagined"))
-    lines = []
-    for end in ("_low", "_high"):
-        x, y = (ranking[f"success_{side}{end}"].to_numpy(float) for side in ("real", "imagined"))
-        lines.append((np.stack([x, imagined], -1), np.stack([real, y], -1)))
-    (west, south), (east, north) = lines
-    return np.concatenate([np.stack([west, east], 1), np.stack([south, north], 1)])
-
-
-def _write_agreement(axes: Axes, per_task: pd.DataFrame, agreement: pd.DataFrame) -> None:
-    """The statistics, in the corner where fewer cells lie."""
-    x, y = (per_task[f"success_{side}"].to_numpy(float) for side in ("real", "imagined"))
-    below = ((x > 0.35) & (y < 0.2)).sum() <= ((x < 0.65) & (y > 0.8)).sum()
-    place = {"x": 0.98, "y": 0.02, "ha": "right", "va": "bottom"} if below else {"x": 0.02, "y": 0.98, "va": "top"}
-    axes.text(s=_agreement_text(agreement), transform=axes.transAxes, fontsize=9.5, linespacing=1.5, zorder=6,
-              bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 3}, **place)  # fmt: skip
-
-
-def _agreement_text(agreement: pd.DataFrame) -> str:
-    lines = []
-    for scope, title in (("all policies", "all {} policies"), ("trained policies", "{} trained policies")):
-        rows = agreement[agreement["scope"] == scope].set_index("statistic")
-        if len(rows):
-            pearson, mmrv, mae = (rows["value"].get(name, np.nan) for name in ("pearson", "mmrv", "mae"))
-            lines.append(f"{title.format(int(rows['n'].iloc[0]))}:  r {pearson:.2f}   MMRV {mmrv:.3f}   MAE {mae:.2f}")
-    rows = agreement[agreement["scope"] == "policy x task cells"].set_index("statistic")
-    if len(rows):
-        names = ("pearson", "pearson_trivial_real", "pearson_ceiling")
-        pearson, trivial, ceiling = (rows["value"].get(name, np.nan) for name in names)
-        lines.append(f"{int(rows['n'].iloc[0])} cells:  r {pearson:.2f}   (means alone {trivial:.2f}, "
-                     f"perfect replica {ceiling:.2f})")  # fmt: skip
-    return "\n".join(lines)
-
 
 # ---- ranking --------------------------------------------------------------------------------------------------------
 
@@ -192,9 +50,9 @@ def ranking_figure(ranking: pd.DataFrame, per_task: pd.DataFrame, agreement: pd.
     sides = [side for side in sides if has(ranking, side[0])]
     for side, colour, marker, shift in sides:
         axes.errorbar(
-            ranking[f"success_{side}"].astype(float), height + shift, xerr=_arms(ranking, side), fmt=marker,
+            ranking[f"success_{side}"].astype(float), height + shift, xerr=arms(ranking, side), fmt=marker,
             color=colour, markersize=6.5, elinewidth=1.8, markeredgecolor="white", markeredgewidth=0.8,
-            label=f"{side} (n = {_counts(ranking[f'n_{side}'])} each)",
+            label=f"{side} (n = {counts(ranking[f'n_{side}'])} each)",
         )  # fmt: skip
     _rank_columns(axes, ranking, height, [side for side, *_ in sides])
     _group_columns(axes, ranking, height, [side for side, *_ in sides])
@@ -239,9 +97,32 @@ def _column(axes: Axes, texts: list[str], height: np.ndarray, place: tuple[int, 
     axes.annotate(title, (edge, height[0] + 0.85), fontsize=7.5, **options)
 
 
-def _counts(n: pd.Series) -> str:
-    low, high = int(n.min()), int(n.max())
-    return str(low) if low == high else f"{low}–{high}"
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def checkpoints(ranking: pd.DataFrame, per_task: pd.DataFrame, agreement: pd.DataFrame) -> Figure:
+    """Imagined and real success over the training steps of every network of which several snapshots were ranked."""
+    import matplotlib.pyplot as plt
+
+    plain = ranking[(ranking["family"] == "trained") & ranking["snapshot"].notna()]
+    networks = [(name, rows.sort_values("snapshot")) for name, rows in plain.groupby("network") if len(rows) > 1]
+    figure, grid = plt.subplots(1, max(len(networks), 1), figsize=(1.2 + 3.8 * max(len(networks), 1), 3.8), sharey=True,
+                                squeeze=False, layout="constrained")  # fmt: skip
+    if not networks:
+        return nothing(grid.flat[0], "no network has several snapshots")
+    sides = [("imagined", IMAGINED_COLOUR, "o", "-"), ("real", REAL_COLOUR, "D", "--")]
+    for axes, (name, rows) in zip(grid.flat, networks):
+        for side, colour, marker, line in sides:
+            if has(ranking, side):
+                axes.errorbar(rows["snapshot"].astype(float), rows[f"success_{side}"].astype(float), yerr=arms(rows, side),
+                              fmt=marker + line, color=colour, markersize=6.5, markeredgecolor="white", elinewidth=1.2,
+                              linewidth=1.4, label=side)  # fmt: skip
+        axes.set(ylim=(-0.02, 1.02), yticks=SUCCESS_TICKS, xlabel="training steps")
+        axes.set_title(name)
+    grid.flat[0].set_ylabel("success rate with its interval")
+    handles, names = grid.flat[0].get_legend_handles_labels()
+    figure.legend([handle[0] for handle in handles], names, loc="outside lower center", ncols=2, fontsize=10)
+    return figure
 
 
 # ---- per task -------------------------------------------------------------------------------------------------------
@@ -263,10 +144,10 @@ def per_task_figure(ranking: pd.DataFrame, per_task: pd.DataFrame, agreement: pd
         rows = per_task[per_task["task"] == task].set_index("policy").loc[order]
         for side, colour, shift in sides:
             axes.barh(height + shift, rows[f"success_{side}"].astype(float), height=0.36, color=colour, alpha=0.85,
-                      label=side, xerr=_arms(rows, side),
+                      label=side, xerr=arms(rows, side),
                       error_kw={"elinewidth": 0.9, "ecolor": "#333333"})  # fmt: skip
         axes.set(xlim=(0, 1.02), xticks=[0, 0.5, 1], xticklabels=["0", "0.5", "1"], ylim=(-0.6, len(order) - 0.4))
-        title = f"{task.replace('_', ' ')} (n\u00a0=\u00a0{_counts(rows[f'n_{sides[0][0]}'])})"
+        title = f"{task.replace('_', ' ')} (n\u00a0=\u00a0{counts(rows[f'n_{sides[0][0]}'])})"
         axes.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=10.5)
         axes.set_yticks(height, order)
         axes.grid(axis="y", visible=False)
@@ -276,64 +157,6 @@ def per_task_figure(ranking: pd.DataFrame, per_task: pd.DataFrame, agreement: pd
     handles, names = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower right", ncols=2, fontsize=10)
     return figure
-
-
-# ---- reliability ----------------------------------------------------------------------------------------------------
-
-
-def reliability(ranking: pd.DataFrame, per_task: pd.DataFrame, agreement: pd.DataFrame) -> Figure:
-    """Whether an imagined rate can be taken at its word: real success of the cells with about the same imagined rate.
-
-    The band is where a perfect replica of reality with as many trials would fall: noise alone flattens the curve.
-    """
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 6.2), layout="constrained")
-    if not has_both(per_task):
-        return _nothing(axes)
-    imagined, real, n_imagined, n_real = (
-        per_task[name].to_numpy(float) for name in ("success_imagined", "success_real", "n_imagined", "n_real")
-    )
-    _equality(axes)
-    replica = st.replica_draws(real, n_real, n_imagined, REPLICAS, seeds.rng(0, "reliability"))
-    band = np.array([_binned(*pair) for pair in zip(*replica)])
-    band = band[..., ~np.isnan(band).all((0, 1))]
-    low, high = np.nanquantile(band[:, 1], [0.025, 0.975], axis=0)
-    axes.fill_between(
-        np.nanmean(band[:, 0], 0), low, high, color="#DDDDDD", zorder=0.5, label="a perfect replica (95 %)"
-    )
-    axes.scatter(
-        imagined, real, s=20, color=POLICIES[0], alpha=0.34, linewidths=0, zorder=2, label="policy × task cells"
-    )
-    centre, mean = _binned(imagined, real)
-    trials = np.array([n_real[where].sum() for where in _bins(imagined)])
-    low, high = st.wilson(mean, np.maximum(trials, 1))
-    axes.errorbar(centre, mean, yerr=np.maximum([mean - low, high - mean], 0), fmt="o-", color=POLICIES[1], markersize=8,
-                  markeredgecolor="white", elinewidth=1.3, linewidth=1.3, zorder=4,
-                  label="mean real success, with interval")  # fmt: skip
-    for x, top, where in zip(centre, high, _bins(imagined)):
-        if where.any():
-            axes.annotate(f"{where.sum()}", (x, top), xytext=(-9, 4), textcoords="offset points", ha="center",
-                          fontsize=8.5, color=POLICIES[1])  # fmt: skip
-    axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), aspect="equal", xticks=SUCCESS_TICKS, yticks=SUCCESS_TICKS,
-             xlabel="imagined success rate", ylabel="real success rate")  # fmt: skip
-    axes.set_title("Can imagined rates be taken at their word?")
-    _legend(axes, ncols=2)
-    return figure
-
-
-def _bins(imagined: np.ndarray) -> list[np.ndarray]:
-    """Which cells fall into each fifth of the imagined rates; the last one holds 1."""
-    number = np.clip(np.digitize(imagined, BINS) - 1, 0, len(BINS) - 2)
-    return [number == i for i in range(len(BINS) - 1)]
-
-
-def _binned(imagined: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean imagined and mean real rate of the cells in every bin; NaN for an empty one."""
-    parts = [
-        (imagined[where].mean(), real[where].mean()) if where.any() else (np.nan,) * 2 for where in _bins(imagined)
-    ]
-    return tuple(np.array(parts).T)
 
 
 # ---- fidelity -------------------------------------------------------------------------------------------------------
@@ -370,44 +193,15 @@ FIGURES: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def draw_all(folder: str | Path, *tables: pd.DataFrame) -> None:
-    """Draw every figure that stands on `tables`: ranking, per task, agreement."""
+# Of a run, which knows the networks behind its policies.
+RUN_FIGURES = FIGURES | {"checkpoints": checkpoints}
+
+
+def draw_all(drawings: dict[str, Callable[..., Any]], folder: str | Path, *tables: pd.DataFrame) -> None:
+    """Draw figures that stand on `tables`: ranking, per task, agreement."""
     use_style()
-    for name, draw in FIGURES.items():
+    for name, draw in drawings.items():
         save(draw(*tables), folder, name)
-
-
-def use_style() -> None:
-    """`set_style` for drawing into files, without a screen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    set_style()
-
-
-def save(figure: Figure, folder: str | Path, name: str) -> None:
-    """Write `<folder>/<name>.svg` and `.png`. The same figure gives the same bytes: no time stamp inside."""
-    import matplotlib.pyplot as plt
-
-    for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
-        with atomic_path(Path(folder) / f"{name}.{suffix}") as temporary:
-            figure.savefig(temporary, metadata=metadata, facecolor="white")
-    plt.close(figure)
-
-
-def read_table(path: str | Path, needed: list[str]) -> pd.DataFrame:
-    """Read a CSV of the tables stage; raises `UserError` naming the file and what it lacks."""
-    import pandas as pd
-
-    try:
-        table = pd.read_csv(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such table; run the workflow up to it") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not a readable table ({error}); delete it and run again") from error
-    if missing := [column for column in needed if column not in table]:
-        raise UserError(f"{path}: has no column {', '.join(missing)}; delete it and run again")
-    return table
 
 
 def main() -> None:
@@ -431,7 +225,7 @@ def main() -> None:
         read_table(arguments.per_task, ["policy", "task", "success_imagined", "success_real"]),
         read_table(arguments.agreement, ["scope", "statistic", "value"]),
     )
-    draw_all(arguments.out_dir, *tables)
+    draw_all(RUN_FIGURES, arguments.out_dir, *tables)
     if arguments.validation:
         save(fidelity(read_table(arguments.validation, ["horizon", "psnr"])), arguments.out_dir, "fidelity")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workflow_src.analysis import figures, records
+from workflow_src.analysis import records, style
 from workflow_src.analysis import statistics as st
 from workflow_src.analysis.contact_sheet import save_sheet
 from workflow_src.analysis.pairs import Pair
@@ -155,9 +155,9 @@ def draw(table: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(figsize=(7.4, 1.6 + 0.42 * len(rows)), layout="constrained")
     height, rate = np.arange(len(rows))[::-1], rows["false_success"].to_numpy()
     arms = np.maximum([rate - rows["false_success_low"], rows["false_success_high"] - rate], 0)
-    axes.barh(height, rate, height=0.6, color=figures.IMAGINED_COLOUR, xerr=arms, label="in imagination",
+    axes.barh(height, rate, height=0.6, color=style.IMAGINED_COLOUR, xerr=arms, label="in imagination",
               error_kw={"elinewidth": 1.1, "ecolor": "#333333"})  # fmt: skip
-    axes.scatter(rows["judge_false_success"], height, marker="D", s=34, color=figures.REAL_COLOUR, zorder=3,
+    axes.scatter(rows["judge_false_success"], height, marker="D", s=34, color=style.REAL_COLOUR, zorder=3,
                  label="on the lab's own video (the judge's mistakes)")  # fmt: skip
     for y, row in zip(height, rows.itertuples()):
         score = "" if np.isnan(row.auroc) else f"   AUROC {row.auroc:.2f}"
@@ -198,8 +198,8 @@ def main() -> None:
     judges = [primary, *sorted(set(judgements["judge"]) - {TRUTH, primary})]
     table = optimism_table(judgements, judges, stage.lab.tasks, stage.analysis.confidence, stage.seed)
     save_sheet(options.out_dir / "failure_examples.png", examples(rollouts, joined(judgements, primary)))
-    figures.use_style()
-    figures.save(draw(table), options.out_dir, "failure_optimism")
+    style.use_style()
+    style.save(draw(table), options.out_dir, "failure_optimism")
     with atomic_path(options.out) as temporary:
         table.to_csv(temporary, index=False, float_format="%.9g")
 

@@ -34,7 +34,7 @@ def write_report(pairs: Path, out: Path, confidence: float, seed: int) -> None:
     write_csv(tasks, out / "per_task.csv")
     write_csv(rows, out / "agreement.csv")
     write_csv(ranking, out / "policy_ranking.csv")
-    figures.draw_all(out, ranking, tasks, rows)
+    figures.draw_all(figures.FIGURES, out, ranking, tasks, rows)
     print(f"{pairs}: {len(cells.policies)} policies, {len(cells.tasks)} tasks")
     alone = ["  no imagined results: intervals, comparisons, and what a perfect world model would reach"]
     print("\n".join(alone if cells.imagined is None else agreement_lines(read_rows(out / "agreement.csv"))))
