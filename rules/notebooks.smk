@@ -48,6 +48,8 @@ rule render_notebook:
         agreement=f"{results}/tables/agreement.csv",
         judge=f"{results}/tables/judge.csv",
         comparisons=f"{results}/tables/comparisons.csv",
+        prediction_powered=f"{results}/tables/prediction_powered.csv",
+        variance=f"{results}/tables/variance.csv",
         sources=flow.sources(*DRAWING),
     output:
         notebook=f"{results}/notebooks/{{notebook}}.ipynb",

@@ -19,6 +19,7 @@ from PIL import Image
 
 from tests import analysis_data as data
 from workflow_src.analysis import comparisons, contact_sheet, figures, gallery, pairs, records, style, tables
+from workflow_src.analysis.report import write_report
 from workflow_src.common.config import load_stage
 from workflow_src.common.errors import UserError
 from workflow_src.common.video import read_video
@@ -38,6 +39,7 @@ def finished(tmp_path_factory):
     compared = tables.comparison_table(study)
     made = {"policy_ranking": comparisons.add_groups(tables.ranking(study), compared), "comparisons": compared,
             "per_task": tables.per_task(study), "agreement": tables.agreement_table(study),
+            "prediction_powered": tables.prediction_powered_table(study), "variance": tables.variance_table(study),
             "judge": tables.judge_table(study.judgements, study.policies, study.tasks, 0.95)}  # fmt: skip
     for name, table in made.items():
         tables.write_csv(table, folder / "tables" / f"{name}.csv")
@@ -249,8 +251,9 @@ def test_gallery_plays_and_filters_in_a_browser(finished, tmp_path, monkeypatch)
 # ---- notebook -------------------------------------------------------------------------------------------------------
 
 
-def test_notebook_is_stripped_and_names_its_kernel():
-    notebook = nbformat.read(ROOT / "notebooks" / "policy_ranking.ipynb", 4)
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebook_is_stripped_and_names_its_kernel(path):
+    notebook = nbformat.read(path, 4)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -258,13 +261,31 @@ def test_notebook_is_stripped_and_names_its_kernel():
     assert code[0].metadata.tags == ["parameters"]
 
 
+def execute(name: str, tables: Path) -> dict:
+    """The names that a notebook leaves behind, and what it displayed under "displayed"."""
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    names = {"tables": str(tables), "displayed": []}
+    names["display"] = names["displayed"].append
+    for source in code[1:]:
+        exec(compile(source.replace("%matplotlib inline", ""), "notebook", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("name", ["worldgym", "openvla_google"])
+def test_report_notebook_runs_on_the_tables_alone(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "draw_all", lambda *arguments: None)
+    write_report(ROOT / "config" / "published" / f"{name}.csv", tmp_path, 0.95, 0)
+    names = execute("agreement", tmp_path)
+    first, second = names["displayed"]
+    assert first.index.name.endswith("all policies") and second.index.name.endswith("policy x task cells")
+    if name == "worldgym":
+        assert second.loc["pearson", "observed"].startswith("0.785") and len(names["hidden"].dropna()) > 5
+
+
 def test_notebook_runs_on_the_tables_alone(finished, monkeypatch):
     folder, _, _ = finished
     monkeypatch.chdir(folder)
-    notebook = nbformat.read(ROOT / "notebooks" / "policy_ranking.ipynb", 4)
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    names = {"tables": str(folder / "tables")}
-    for source in code[1:]:
-        exec(compile(source.replace("%matplotlib inline", ""), "notebook", "exec"), names)
+    names = execute("policy_ranking", folder / "tables")
     assert set(names["references"]) <= set(names["agreement"]["statistic"])
     assert len(names["shown"]) == len(data.POLICIES)
