@@ -148,14 +148,15 @@ def _paired_row(
     scale = math.lcm(*np.unique(counts).astype(int).tolist())
     wealth = e_process(difference)
     over = np.flatnonzero(wealth >= threshold)
-    growth = math.log(wealth[-1]) / len(shared)
+    # Below twice the stake there is nothing to extrapolate from.
+    growth = math.log(wealth[-1]) / len(shared) if wealth[-1] > 2 else 0.0
     low, high = paired_interval(difference, tasks, confidence)
     return {
         "n": len(shared), "success_a": rate_a, "success_b": rate_b, "difference": rate_a - rate_b, "low": low,
         "high": high, "a_better": int((difference > st.TIE).sum()), "b_better": int((difference < -st.TIE).sum()),
         "p": mcnemar_p(np.rint(difference * scale)), "test": PAIRED, "e_value": wealth[-1],
         "stop_after": over[0] + 1 if len(over) else None,
-        "frames_needed": None if len(over) or growth <= 0 else math.ceil(math.log(threshold) / growth),
+        "frames_needed": None if len(over) or not growth else math.ceil(math.log(threshold) / growth),
     }  # fmt: skip
 
 
