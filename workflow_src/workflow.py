@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORLDS = ("lab", "world_model")
 SPLITS = {"train": ("train",), "validation": ("validation", "val", "test")}  # what data sets of others call them
 FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+CORRUPTIONS = ("as_recorded", "gripper_open", "offset", "frozen", "reversed", "shuffled")  # rollouts/corruptions.py
 JOBS_BESIDE = 3  # trainings that may run while policies are served
 
 
@@ -126,6 +127,7 @@ def _stages(config: Config) -> dict[str, dict[str, Any]]:
         "world_model": {"lab": lab, "tokenizer": None, "world_model": world_model},
         "judges": {"lab": lab, "judges": None},
         "trials": {"lab": lab, "trials": None},
+        "corruptions": {"lab": lab, "rollouts": rollouts},
         "analysis": {
             name: None for name in ("lab", "policies", "behaviour_cloning", "judges", "trials", "analysis", "reality")
         },

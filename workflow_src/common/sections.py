@@ -255,6 +255,9 @@ class Analysis:
 
     confidence: float = 0.95
     resamples: int = 2000
+    real_trials: int = (
+        10  # lab trials per task that the prediction-powered estimate may use; the others are imagined alone
+    )
 
 
 @dataclass(frozen=True)
