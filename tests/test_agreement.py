@@ -1,4 +1,4 @@
-"""The agreement statistics against plain definitions and scipy; worked values of publications: test_published.py."""
+"""The agreement statistics against plain definitions and scipy; worked values of publications: test_published_numbers.py."""
 
 from __future__ import annotations
 
