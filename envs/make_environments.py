@@ -14,7 +14,7 @@ ENVIRONMENTS = {
     "base": (
         "Everything but the policies: simulator, training, judging, analysis.",
         ["av", "einops", "gymnasium", "imageio", "ipykernel", "msgpack", "mujoco", "nbconvert", "numpy", "pandas",
-         "papermill", "pillow", "pyarrow", "PyYAML", "safetensors", "scipy", "seaborn", "torch", "websockets"],
+         "openai", "papermill", "pillow", "pyarrow", "PyYAML", "safetensors", "scipy", "seaborn", "torch", "websockets"],
     ),
     "tabletop": (
         "The tabletop's own policies: behaviour cloning, scripted, random.",
