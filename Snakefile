@@ -16,6 +16,7 @@ from workflow_src.workflow import (
     any_of,
     limit_servers,
     open_workflow,
+    require_keys,
     shell_prefix,
 )
 
@@ -35,6 +36,11 @@ limit_servers(workflow)
 report: "config/report/workflow.rst"
 
 
+# A key that is missing after hours of work would be found out too late.
+onstart:
+    require_keys(flow, workflow.dag.needrun_jobs())
+
+
 wildcard_constraints:
     dataset=any_of([flow.config.episodes.dataset]),
     split=any_of(flow.config.episodes.splits),
@@ -48,6 +54,7 @@ wildcard_constraints:
 rule all:
     input:
         f"{results}/tables/policy_ranking.csv",
+        f"{results}/tables/calibration.csv",
         f"{results}/figures/policy_ranking.png",
         f"{results}/gallery/index.html",
         f"{results}/notebooks/policy_ranking.html",

@@ -11,8 +11,8 @@ rule make_tables:
     input:
         config=flow.stage("analysis"),
         rollouts=flow.per_rollout(ROLLOUTS),
-        judgements=f"{results}/judgements/judgements.parquet",
-        sources=flow.sources("tables.py", "agreement.py", "statistics.py", "records.py"),
+        judgements=flow.judgements(),
+        sources=flow.sources("tables.py", "agreement.py", "correction.py", "statistics.py", "records.py"),
     output:
         ranking=report(
             f"{results}/tables/policy_ranking.csv",
@@ -95,7 +95,7 @@ rule show_rollouts:
     input:
         config=flow.stage("analysis"),
         rollouts=flow.per_rollout(ROLLOUTS),
-        judgements=f"{results}/judgements/judgements.parquet",
+        judgements=flow.judgements(),
         sources=flow.sources("gallery.py", "gallery.html", "contact_sheet.py", "pairs.py", "records.py"),
     output:
         gallery=report(
