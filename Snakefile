@@ -18,6 +18,7 @@ from workflow_src.workflow import (
     any_of,
     limit_servers,
     open_workflow,
+    require_keys,
     shell_prefix,
 )
 
@@ -38,6 +39,11 @@ limit_servers(workflow)
 report: "config/report/workflow.rst"
 
 
+# A key that is missing after hours of work would be found out too late.
+onstart:
+    require_keys(flow, workflow.dag.needrun_jobs())
+
+
 wildcard_constraints:
     dataset=any_of([flow.config.episodes.dataset, *flow.config.episodes.stores]),
     split=any_of(flow.config.episodes.splits),
@@ -52,6 +58,7 @@ wildcard_constraints:
 rule all:
     input:
         f"{results}/tables/policy_ranking.csv",
+        f"{results}/tables/calibration.csv",
         f"{results}/figures/policy_ranking.png",
         f"{results}/gallery/index.html",
         f"{results}/notebooks/policy_ranking.html",

@@ -14,9 +14,8 @@ ENVIRONMENTS = {
     "base": (
         "Everything but the policies: simulator, training, judging, analysis.",
         ["av", "diffusers", "einops", "gymnasium", "imageio", "ipykernel", "msgpack", "mujoco", "nbconvert", "numpy",
-         "pandas", "papermill", "pillow", "pyarrow", "PyYAML", "requests", "safetensors", "scipy", "seaborn", "tensorboard",
-         "torch",
-         "websockets"],
+         "openai", "pandas", "papermill", "pillow", "pyarrow", "PyYAML", "requests", "safetensors", "scipy", "seaborn",
+         "tensorboard", "torch", "websockets"],
     ),
     "tabletop": (
         "The tabletop's own policies: behaviour cloning, scripted, random.",

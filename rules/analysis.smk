@@ -14,6 +14,7 @@ STATISTICS = (
     "cells.py",
     "comparisons.py",
     "components.py",
+    "correction.py",
     "posterior.py",
     "prediction_powered.py",
     "records.py",
@@ -27,7 +28,7 @@ rule make_tables:
     input:
         config=flow.stage("analysis"),
         rollouts=flow.per_rollout(ROLLOUTS),
-        judgements=f"{results}/judgements/judgements.parquet",
+        judgements=flow.judgements(),
         sources=flow.sources(*STATISTICS),
     output:
         ranking=report(
@@ -137,7 +138,7 @@ rule show_rollouts:
     input:
         config=flow.stage("analysis"),
         rollouts=flow.per_rollout(ROLLOUTS),
-        judgements=f"{results}/judgements/judgements.parquet",
+        judgements=flow.judgements(),
         sources=flow.sources("gallery.py", "gallery.html", "contact_sheet.py", "pairs.py", "records.py"),
     output:
         gallery=report(
@@ -169,7 +170,7 @@ rule replay_corrupted:
     input:
         config=flow.stage("corruptions"),
         trials=f"{results}/trials/trials.json",
-        rollouts=flow.per_rollout(ROLLOUTS, "lab"),
+        rollouts=flow.per_rollout(ROLLOUTS, ["lab"]),
         world_model=f"{results}/world_model/model.safetensors",
     output:
         expand(f"{results}/corrupted/{{world}}/{{corruption}}/rollouts.parquet", world=WORLDS, corruption=CORRUPTIONS),

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workflow_src.analysis import agreement, cells, comparisons, posterior, prediction_powered, records, resampling
+from workflow_src.analysis import (
+    agreement,
+    cells,
+    comparisons,
+    correction,
+    posterior,
+    prediction_powered,
+    records,
+    resampling,
+)
 from workflow_src.analysis import statistics as st
 from workflow_src.analysis.records import IMAGINED, LAB, TRUTH, Outcomes
 from workflow_src.analysis.resampling import Paired
@@ -25,12 +34,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CROSS_CHECK = "state"
-NO_LABELS = "no labels on generated video"
 RANKING_COLUMNS = [
     "policy", "family", "network", "snapshot", "judge",
     "rank_imagined", "success_imagined", "success_imagined_low", "success_imagined_high", "n_imagined",
     "rank_real", "success_real", "success_real_low", "success_real_high", "n_real",
-    "success_corrected", "corrected_note", "success_imagined_state",
+    "success_corrected", "success_corrected_low", "success_corrected_high", "n_labels", "corrected_note",
+    "success_imagined_state",
     "partial_imagined", "partial_real", "success_ever_imagined", "success_ever_real", "unjudged_imagined",
 ]  # fmt: skip
 AGREEMENT_COLUMNS = ["scope", "statistic", "value", "low", "high", "n", "interval", "estimand", "pairing", "convention"]
@@ -54,8 +63,11 @@ class Rates:
         The mean of K rates with n_k rollouts varies like one rate with K² / Σ(1/n_k) rollouts (K·n if all n_k are n).
         """
         rate = self.rate.mean(1)
-        size = self.rate.shape[1] ** 2 / (1 / self.size).sum(1)
-        return rate, *st.wilson(rate, size, confidence)
+        return rate, *st.wilson(rate, self.mean_size(), confidence)
+
+    def mean_size(self) -> np.ndarray:
+        """Effective number of rollouts behind each policy's mean."""
+        return self.rate.shape[1] ** 2 / (1 / self.size).sum(1)
 
 
 def family(policy: Policy) -> str:
@@ -139,11 +151,14 @@ def ranking(study: Study) -> pd.DataFrame:
         "policy": study.policies, "family": [family(policy) for policy in configured],
         "network": [policy.network for policy in configured],
         "snapshot": [policy.snapshot or None for policy in configured], "judge": study.stage.judges.primary,
-        "success_corrected": np.nan, "corrected_note": NO_LABELS,
         "success_imagined_state": np.nan if study.state is None else rates_of(study.state).rate.mean(1),
         "unjudged_imagined": _unjudged(study),
     })  # fmt: skip
     table["snapshot"] = table["snapshot"].astype("Int64")
+    labels = correction.labelled(study.judgements, study.stage.judges.primary)
+    size = imagined.mean_size()
+    right = correction.correct_policies(labels, study.policies, imagined.rate.mean(1), size, study.confidence)
+    table = table.join(right.drop(columns="policy"))
     for side, rates in (("imagined", imagined), ("real", study.real)):
         _add_rates(table, side, rates, study.confidence)
         judge = study.stage.judges.primary if side == "imagined" else TRUTH
