@@ -59,9 +59,7 @@ def cover(setting, resamplings: int, generator) -> tuple[np.ndarray, np.ndarray,
             refused += 1
             continue
         own = correct_policies(labels, names, p, np.full(len(p), float(n)), 0.95)
-        alike = np.array(
-            [corrected_interval(one, n, found.q0, found.m0, found.q1, found.m1, 0.95) for one in p]
-        )  # fmt: skip
+        alike = np.array([corrected_interval(one, n, found.q0, found.m0, found.q1, found.m1, 0.95) for one in p])
         hits[0] += (own["success_corrected_low"] <= rates) & (rates <= own["success_corrected_high"])
         hits[1] += (alike[:, 0] <= rates) & (rates <= alike[:, 1])
     return *hits / max(resamplings - refused, 1), refused

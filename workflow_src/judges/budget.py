@@ -22,9 +22,7 @@ class Size:
     characters: int = 0
 
     def __add__(self, other: Size) -> Size:
-        return Size(
-            self.requests + other.requests, self.images + other.images, self.characters + other.characters
-        )  # fmt: skip
+        return Size(self.requests + other.requests, self.images + other.images, self.characters + other.characters)
 
     def tokens(self, settings: Vlm) -> tuple[int, int]:
         """Estimated (input, output) tokens."""

@@ -46,9 +46,7 @@ def make_probes(tables: Sequence[Path], scene: str, names: Sequence[str], count:
     rows = _choose(pd.concat([read_records(table) for table in tables], ignore_index=True), count, seed)
     if rows.empty:
         raise UserError(f"{tables[0]}: no lab rollout with known truth; probes cannot be made")
-    return [
-        probe for row, frames in read_frames(rows) for probe in _probes_of(row, frames, scene, names, seed)
-    ]  # fmt: skip
+    return [probe for row, frames in read_frames(rows) for probe in _probes_of(row, frames, scene, names, seed)]
 
 
 def _choose(rows: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
@@ -63,9 +61,7 @@ def _choose(rows: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
 def _probes_of(row: Any, frames: np.ndarray, scene: str, names: Sequence[str], seed: int) -> Iterator[Probe]:
     states = _states(row, len(frames))
     criteria = None if pd.isna(row.partial_credit_criteria) else row.partial_credit_criteria
-    clip = Clip(
-        row.trial_id, row.policy, row.world, row.repeat, row.task, row.instruction, criteria, frames, None
-    )  # fmt: skip
+    clip = Clip(row.trial_id, row.policy, row.world, row.repeat, row.task, row.instruction, criteria, frames, None)
     dice = rng(seed, "probe", row.policy, row.trial_id, int(row.repeat))
 
     def probe(kind: str, order: np.ndarray, name: str = row.task) -> Probe:

@@ -103,8 +103,10 @@ def judge_parts(judge: VlmJudge, parts: Parts, rollouts: int) -> list[Judgement]
         raise UserError(f"judges.vlm.{judge.name}: no request was answered; the first: {silent[0].error}")
     if silent:
         requests = sum(judgement.failed for judgement in silent)
-        say(f"{judge.name}: {requests} requests about {len(silent)} rollouts got no answer; delete the output and start "
-            "again to ask only for these")  # fmt: skip
+        say(
+            f"{judge.name}: {requests} requests about {len(silent)} rollouts got no answer; delete the output and start "
+            "again to ask only for these"
+        )
     undecided = sum(judgement.success_at_end is None for judgement in found)
     spent = sum(judgement.cost for judgement in found)
     say(f"{judge.name}: {len(found)} rollouts, {undecided} undecided, their answers cost {spent:.4g}")
