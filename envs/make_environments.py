@@ -14,8 +14,8 @@ ENVIRONMENTS = {
     "base": (
         "Everything but the policies: simulator, training, judging, analysis.",
         ["av", "diffusers", "einops", "google-crc32c", "gymnasium", "imageio", "ipykernel", "msgpack", "mujoco", "nbconvert",
-         "numpy", "pandas", "papermill", "pillow", "pyarrow", "PyYAML", "requests", "safetensors", "scipy", "seaborn",
-         "tensorboard", "tensorflow-datasets", "torch", "websockets"],
+         "numpy", "openai", "pandas", "papermill", "pillow", "pyarrow", "PyYAML", "requests", "safetensors", "scipy",
+         "seaborn", "tensorboard", "tensorflow-datasets", "torch", "websockets"],
     ),
     "tabletop": (
         "The tabletop's own policies: behaviour cloning, scripted, random.",

@@ -31,7 +31,7 @@ rule inspect_episodes:
     conda:
         "../envs/base.yaml"
     params:
-        folder=lambda wildcards, output: os.path.dirname(output.sheet),
+        folder=lambda wildcards, output: Path(output.sheet).parent,
         convention=flow.config.world_model.convention,
     shell:
         "python -m workflow_src.episodes.inspect {input:q} --out {params.folder} --convention {params.convention}"
