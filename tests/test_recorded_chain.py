@@ -50,7 +50,7 @@ def test_a_registered_name_is_enough(tmp_path):
 
 def test_a_copy_is_converted_and_trained_on(tmp_path):
     copy = make_source(tmp_path / "copy")
-    config = write(tmp_path, configured("viola", {"copies": {"viola": str(copy)}}))
+    config = write(tmp_path, configured("viola", {"copies": {"viola": str(copy)}, "groups": 1}))
     folder = tmp_path / "run"
     done = run(folder, "results/world_model/model.safetensors", config=config)
     assert "download_dataset" not in done.stdout + done.stderr
