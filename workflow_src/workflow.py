@@ -213,6 +213,8 @@ def _check_numbers(config: Config) -> None:
     for path, value in at_least_one.items():
         if value < 1:
             raise UserError(f"{path}: {value} is impossible; it must be at least 1")
+    if config.analysis.real_trials < 0:
+        raise UserError(f"analysis.real_trials: {config.analysis.real_trials} is impossible; 0 makes no such estimate")
     if config.world_model.clip_frames > config.lab.horizon + 1:
         raise UserError(
             f"world_model.clip_frames: {config.world_model.clip_frames} is longer than an episode "

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workflow_src.analysis import agreement, cells, comparisons, posterior, prediction_powered, records, resampling
+from workflow_src.analysis import (
+    agreement,
+    cells,
+    comparisons,
+    components,
+    posterior,
+    prediction_powered,
+    records,
+    resampling,
+)
 from workflow_src.analysis import statistics as st
 from workflow_src.analysis.records import IMAGINED, LAB, TRUTH, Outcomes
 from workflow_src.analysis.resampling import Paired
@@ -277,8 +286,6 @@ def prediction_powered_table(study: Study) -> pd.DataFrame:
 
 def variance_table(study: Study) -> pd.DataFrame:
     """`variance.csv`: where the scatter of imagined rollouts comes from, and that of the lab's."""
-    from workflow_src.analysis import components
-
     sides = [(IMAGINED, study.stage.judges.primary)] + ([(LAB, TRUTH)] if study.truth is not None else [])
     return components.variance_table(study.judgements, sides)
 
