@@ -19,6 +19,7 @@ from workflow_src.analysis.records import Outcomes
 from workflow_src.analysis.resampling import BOOTSTRAP, SAME_FRAMES, Paired
 from workflow_src.analysis.rows import (
     CELLS,
+    FIXED,
     MEANS,
     NEW_TASKS,
     NO_INTERVAL,
@@ -67,8 +68,8 @@ DECISIONS: dict[str, tuple[st.Metric, bool, str]] = {
     "pairs_wrong": (lambda i, r: st.pairs(i, r)[1], False, "pairs that reality does not tie, ordered otherwise"),
     "pairs_tied": (lambda i, r: st.pairs(i, r)[2], False, "pairs that only imagination ties"),
 }
-# statistic → its value for a perfect world model
-ROBUST = {"pearson": 1.0, "spearman": 1.0, "mmrv": 0.0}
+# Statistics with noise-aware rows → their value for a perfect world model.
+PERFECT = {"pearson": 1.0, "spearman": 1.0, "mmrv": 0.0}
 CEILINGS = ("pearson", "spearman", "mmrv", "mae", "rmse")
 
 Summary = Callable[[np.ndarray], np.ndarray]  # cells (..., P, K) → points (..., n)
@@ -99,17 +100,17 @@ def policy_rows(paired: Paired, scope: str, confidence: float, generator: np.ran
         rows.append(
             make_row("best_policy_hit_any_tasks", hits.mean(), "mean of best_policy_hit over all choices of tasks")
         )
-    for name in ROBUST:
+    for name in PERFECT:
         low, high = st.leave_one_out(METRICS[name][0], *points)
-        rows.append(make_row(f"{name}_leave_one_out", METRICS[name][0](*points), METRICS[name][2], low, high,
-                         "range when each policy is left out once"))  # fmt: skip
+        value, how = METRICS[name][0](*points), "range when each policy is left out once"
+        rows.append(make_row(f"{name}_leave_one_out", value, METRICS[name][2], low, high, how))
     rows += _left_out_rows(paired, means)
     rows += _ceiling_rows(paired.real, paired.n_real, paired.n_imagined, means, confidence, generator)
-    rows += _noise_free_rows(paired, means, confidence, aside)
-    rows += _new_task_rows(paired, means, ROBUST, confidence, aside)
-    if paired.truth is not None:
-        new = (paired.truth.means[..., 0], paired.truth.means[..., 1])
-        rows += [_new_task_posterior_row(name, METRICS[name][0](*new), confidence) for name in ROBUST]
+    new = paired.truth and {
+        name: METRICS[name][0](paired.truth.means[..., 0], paired.truth.means[..., 1]) for name in PERFECT
+    }
+    rows += _noise_free_rows(paired, means, confidence, aside, new=new)
+    rows += _new_task_rows(paired, means, PERFECT, confidence, aside)
     return about(rows, scope, len(paired.policies), MEANS, paired.pairing)
 
 
@@ -130,11 +131,10 @@ def cell_rows(paired: Paired, scope: str, confidence: float, generator: np.rando
     rows += _line_rows(paired, confidence)
     rows += _left_out_rows(paired, flat)
     rows += _ceiling_rows(paired.real, paired.n_real, paired.n_imagined, flat, confidence, generator)
-    rows += _noise_free_rows(paired, flat, confidence, aside)
+    new = paired.truth and {"pearson": paired.truth.pearson_over_new_cells()}
+    rows += _noise_free_rows(paired, flat, confidence, aside, new=new)
     # Drawn twice, a task takes another's place in MMRV's maximum: the bootstrap held the truth in 69 % of simulations.
     rows += _new_task_rows(paired, flat, ("pearson", "spearman"), confidence, aside)
-    if paired.truth is not None:
-        rows.append(_new_task_posterior_row("pearson", paired.truth.pearson_over_new_cells(), confidence))
     return about(rows, scope, paired.real.size, CELLS, paired.pairing)
 
 
@@ -154,7 +154,7 @@ def within_rows(paired: Paired) -> list[dict[str, Any]]:
     if len(paired.tasks) < FEWEST_PER_POLICY:
         return rows
     for policy, imagined, real in zip(paired.policies, paired.imagined, paired.real):
-        some = [make_row(name, METRICS[name][0](imagined, real), f"{METRICS[name][2]}; over tasks") for name in ROBUST]
+        some = [make_row(name, METRICS[name][0](imagined, real), f"{METRICS[name][2]}; over tasks") for name in PERFECT]
         rows += about(some, f"tasks of {policy}", len(paired.tasks), "success on one task", paired.pairing)
     return rows
 
@@ -229,20 +229,24 @@ def _metric_rows(metrics: dict, paired: Paired, summary: Summary, confidence: fl
 
 def _noise_free_rows(
     paired: Paired, summary: Summary, confidence: float, generator: np.random.Generator, metrics: dict = METRICS,
-    perfect: dict[str, float] = ROBUST,
+    perfect: dict[str, float] = PERFECT, new: dict[str, np.ndarray] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Statistics of the true rates on these tasks, as far as the trials tell them."""
+    """Statistics of the true rates, as far as the trials tell them: on these tasks, and `new` draws for tasks like them."""
     if paired.truth is None:
         return []
     rows = []
     replicas = [summary(side) for side in paired.truth.replicas(paired.n_imagined, paired.n_real, generator)]
     for name, best in perfect.items():
         metric, _, convention = metrics[name]
-        draws = metric(summary(paired.truth.imagined), summary(paired.truth.real))
-        value, low, high = median_and_interval(draws, confidence)
-        low, high = reach(low, high, best, metric(summary(paired.imagined), summary(paired.real)), metric(*replicas),
-                          confidence)  # fmt: skip
-        rows.append(make_row(f"{name}_noise_free", value, convention, low, high, POSTERIOR, which=NOISE_FREE))
+        observed, copies = metric(summary(paired.imagined), summary(paired.real)), metric(*replicas)
+        kinds = {"noise_free": (metric(summary(paired.truth.imagined), summary(paired.truth.real)), convention, FIXED)}
+        if new and name in new:
+            population = f"{convention}; population of tasks like these, normal on the logit scale"
+            kinds["noise_free_new_tasks"] = (new[name], population, NEW_TASKS)
+        for kind, (draws, text, tasks) in kinds.items():
+            value, low, high = median_and_interval(draws, confidence)
+            low, high = reach(low, high, best, observed, copies, confidence)
+            rows.append(make_row(f"{name}_{kind}", value, text, low, high, POSTERIOR, tasks, NOISE_FREE))
     return rows
 
 
@@ -261,16 +265,9 @@ def _new_task_rows(
     return rows
 
 
-def _new_task_posterior_row(name: str, draws: np.ndarray, confidence: float) -> dict[str, Any]:
-    convention = f"{METRICS[name][2]}; population of tasks like these, normal on the logit scale"
-    values = median_and_interval(draws, confidence)
-    return make_row(f"{name}_noise_free_new_tasks", values[0], convention, *values[1:], "posterior of the true rates",
-                NEW_TASKS, NOISE_FREE)  # fmt: skip
-
-
 def _left_out_rows(paired: Paired, summary: Summary) -> list[dict[str, Any]]:
     rows = []
-    for name in ROBUST:
+    for name in PERFECT:
         metric, _, convention = METRICS[name]
 
         def of_cells(imagined: np.ndarray, real: np.ndarray, metric: st.Metric = metric) -> np.ndarray:
