@@ -19,6 +19,7 @@ STATISTICS = (
     "prediction_powered.py",
     "records.py",
     "resampling.py",
+    "rows.py",
     "statistics.py",
     "tables.py",
 )

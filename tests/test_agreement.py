@@ -14,6 +14,7 @@ from scipy import stats
 from workflow_src.analysis import agreement, resampling
 from workflow_src.analysis import statistics as st
 from workflow_src.analysis.records import Outcomes
+from workflow_src.analysis.rows import FIXED, NEW_TASKS, NOISE_FREE, OBSERVED, reach
 
 # ---- properties -----------------------------------------------------------------------------------------------------
 
@@ -139,8 +140,8 @@ def test_every_row_says_what_it_is_about():
     for row in rows:
         assert row["pairing"] == resampling.OTHER_FRAMES and row["convention"] and row["interval"]
         tasks, rates = row["estimand"].split("; ")[1:]
-        assert tasks == (agreement.NEW_TASKS if "new_tasks" in row["statistic"] else agreement.FIXED)
-        assert rates == (agreement.NOISE_FREE if "noise_free" in row["statistic"] else agreement.OBSERVED)
+        assert tasks == (NEW_TASKS if "new_tasks" in row["statistic"] else FIXED)
+        assert rates == (NOISE_FREE if "noise_free" in row["statistic"] else OBSERVED)
         if not row["statistic"].endswith("leave_one_task_out"):
             assert not row["low"] > row["value"] and not row["high"] < row["value"], row
 
@@ -174,8 +175,8 @@ def test_a_perfect_replica_is_not_ruled_out_by_noise():
     rows = rows_of(agreement.cell_rows(paired(n=10), "cells", 0.95, np.random.default_rng(0)))
     assert rows["pearson"]["value"] < rows["pearson_noise_free"]["value"] < rows["pearson_noise_free"]["high"] == 1
     assert rows["mmrv_noise_free"]["low"] == 0
-    assert agreement.reach(0.5, 0.9, 1.0, observed=0.6, replicas=np.full(100, 0.8), confidence=0.95) == (0.5, 0.9)
-    assert agreement.reach(0.1, 0.2, 0.0, observed=0.15, replicas=np.full(100, 0.2), confidence=0.95) == (0.0, 0.2)
+    assert reach(0.5, 0.9, 1.0, observed=0.6, replicas=np.full(100, 0.8), confidence=0.95) == (0.5, 0.9)
+    assert reach(0.1, 0.2, 0.0, observed=0.15, replicas=np.full(100, 0.2), confidence=0.95) == (0.0, 0.2)
 
 
 def test_line_and_subsets_by_hand():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
@@ -12,6 +14,7 @@ from scipy import stats
 
 from workflow_src.analysis import comparisons as cp
 from workflow_src.analysis.records import Outcomes
+from workflow_src.common.errors import UserError
 
 
 def outcomes(successes, repeats: int = 1, tasks: int = 1) -> Outcomes:
@@ -153,3 +156,50 @@ def test_policies_share_a_letter_just_when_they_are_not_different(n, data):
     for pair in itertools.combinations(names, 2):
         assert bool(set(found[pair[0]]) & set(found[pair[1]])) == (pair not in different), (pair, different, found)
     assert found[names[0]].startswith("a")
+
+
+# ---- trials as they are run -----------------------------------------------------------------------------------------
+
+
+def trials(n: int = 20) -> pd.DataFrame:
+    """Two policies in turn on the same frames: one succeeds always, one never."""
+    rows = [(p, ("lift", "push")[i % 2], i, int(p == "good")) for i in range(n) for p in ("good", "bad")]
+    return pd.DataFrame(rows, columns=["policy", "task", "frame", "success"])
+
+
+def test_command_line_says_whether_to_go_on(tmp_path, monkeypatch, capsys):
+    for n, verdict in ((3, "go on; perhaps decided after"), (20, "decided after 7 frames")):
+        trials(n).to_csv(tmp_path / "today.csv", index=False)
+        out = tmp_path / "out.csv"
+        monkeypatch.setattr(sys, "argv", ["cp", "--trials", str(tmp_path / "today.csv"), "--out", str(out)])
+        cp.main()
+        assert verdict in capsys.readouterr().out
+        row = pd.read_csv(out).iloc[0]
+        assert (row["policy_a"], row["n"], row["difference"]) == ("good", n, 1)
+
+
+def test_order_of_the_file_is_the_order_of_the_bets(tmp_path):
+    """The same outcomes: with the one surprise at the beginning or at the end, the test stops at other times."""
+    table = trials()
+    table.loc[table["frame"] == 19, "success"] = [0, 1]
+    table.to_csv(tmp_path / "late.csv", index=False)
+    pd.concat([table[table["frame"] == 19], table[table["frame"] != 19]]).to_csv(tmp_path / "early.csv", index=False)
+    stops = {}
+    for name in ("late", "early"):
+        found, policies = cp.load_trials(tmp_path / f"{name}.csv")
+        rows = cp.paired_rows(found, policies, "real", 0.95, np.arange(len(found.tasks)))
+        stops[name] = (rows[0]["stop_after"], rows[0]["p"])
+    assert stops["late"][0] < stops["early"][0] and stops["late"][1] == stops["early"][1]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda t: t.assign(success=7), "success of good, lift, frame 0 is 7; it must be between 0 and 1"),
+    (lambda t: t.drop(columns="frame"), "has no column frame; columns: policy, task, frame, success"),
+    (lambda t: t[t["policy"] == "good"], "holds 1 policies; it takes two to compare"),
+    (lambda t: t[(t["policy"] == "good") == (t["frame"] < 5)], "good and bad share no frame"),
+])  # fmt: skip
+def test_bad_trials_are_one_clear_line(tmp_path, change, message):
+    change(trials()).to_csv(tmp_path / "today.csv", index=False)
+    with pytest.raises(UserError) as error:
+        cp.load_trials(tmp_path / "today.csv")
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -45,6 +45,7 @@ def test_every_shipped_configuration_is_valid(path):
         ("lab/tasks", [], r"lab\.tasks: \[\] is empty"),
         ("lab/image_size", 50, r"lab\.image_size: 50 is not a multiple of tokenizer\.downsample"),
         ("trials/per_task", 0, r"trials\.per_task: 0 is impossible"),
+        ("analysis/real_trials", -1, r"analysis\.real_trials: -1 is impossible; 0 makes no such estimate"),
         ("episodes/splits/train/mix", {"expret": 1.0}, r"mix\.expret: 'expret' is unknown; did you mean 'expert'\?"),
         ("policies/x", {"network": "bc_q", "snapshot": 1}, r"policies\.x\.network: 'bc_q' is unknown; did you mean 'bc_"),
         ("policies/x", {"network": "bc_a", "snapshot": 7}, r"policies\.x\.snapshot: 7 is not a snapshot of 'bc_a'"),

@@ -449,6 +449,8 @@ def _check_numbers(config: Config) -> None:
     for path, value in at_least_one.items():
         if value < 1:
             raise UserError(f"{path}: {value} is impossible; it must be at least 1")
+    if config.analysis.real_trials < 0:
+        raise UserError(f"analysis.real_trials: {config.analysis.real_trials} is impossible; 0 makes no such estimate")
     if config.lab.image_size % config.tokenizer.downsample:
         raise UserError(
             f"lab.image_size: {config.lab.image_size} is not a multiple of tokenizer.downsample "

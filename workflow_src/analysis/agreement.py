@@ -17,6 +17,19 @@ from workflow_src.analysis import resampling
 from workflow_src.analysis import statistics as st
 from workflow_src.analysis.records import Outcomes
 from workflow_src.analysis.resampling import BOOTSTRAP, SAME_FRAMES, Paired
+from workflow_src.analysis.rows import (
+    CELLS,
+    FIXED,
+    MEANS,
+    NEW_TASKS,
+    NO_INTERVAL,
+    NOISE_FREE,
+    about,
+    make_row,
+    median_and_interval,
+    percentile_interval,
+    reach,
+)
 from workflow_src.common.errors import run_cli
 
 EXAMPLES = """FILE.csv has one row per policy and task, and these columns (more are kept):
@@ -29,14 +42,9 @@ examples:
   python -m workflow_src.analysis.agreement --pairs config/published/worldgym.csv --out results/published/worldgym
 """
 REPLICA_RANGE = "percentiles of simulated replicas"
-NO_INTERVAL = "none"
 POSTERIOR = "posterior of the true rates; reaches to the perfect value where a perfect replica cannot be ruled out"
 TASK_BOOTSTRAP = "percentile bootstrap over tasks, stretched to hold the value"
 TOO_FEW_TASKS = f"none: fewer than {resampling.FEWEST_TASKS} tasks are not resampled"
-# What a number is about: whether these tasks or more like them, and whether the noise of the trials is part of it.
-MEANS, CELLS = "mean success over tasks", "success of a policy on a task"
-FIXED, NEW_TASKS = "these tasks, fixed", "tasks as a sample"
-OBSERVED, NOISE_FREE = "observed rates, sampling noise included", "noise-free rates"
 # Ceilings come from this many simulated replicas, sampled permutation tests from this many orderings.
 REPLICAS, ORDERINGS = 2000, 100_000
 # A correlation over fewer tasks than this is not worth a row per policy.
@@ -60,8 +68,8 @@ DECISIONS: dict[str, tuple[st.Metric, bool, str]] = {
     "pairs_wrong": (lambda i, r: st.pairs(i, r)[1], False, "pairs that reality does not tie, ordered otherwise"),
     "pairs_tied": (lambda i, r: st.pairs(i, r)[2], False, "pairs that only imagination ties"),
 }
-# statistic → its value for a perfect world model
-ROBUST = {"pearson": 1.0, "spearman": 1.0, "mmrv": 0.0}
+# Statistics with noise-aware rows → their value for a perfect world model.
+PERFECT = {"pearson": 1.0, "spearman": 1.0, "mmrv": 0.0}
 CEILINGS = ("pearson", "spearman", "mmrv", "mae", "rmse")
 
 Summary = Callable[[np.ndarray], np.ndarray]  # cells (..., P, K) → points (..., n)
@@ -89,19 +97,21 @@ def policy_rows(paired: Paired, scope: str, confidence: float, generator: np.ran
     rows.append(_permutation_row(*points, generator))
     if 2 <= len(paired.tasks) <= st.MOST_SUBSETS:
         hits = st.best_hit_of_subsets(paired.imagined, paired.real)
-        rows.append(_row("best_policy_hit_any_tasks", hits.mean(), "mean of best_policy_hit over all choices of tasks"))
-    for name in ROBUST:
+        rows.append(
+            make_row("best_policy_hit_any_tasks", hits.mean(), "mean of best_policy_hit over all choices of tasks")
+        )
+    for name in PERFECT:
         low, high = st.leave_one_out(METRICS[name][0], *points)
-        rows.append(_row(f"{name}_leave_one_out", METRICS[name][0](*points), METRICS[name][2], low, high,
-                         "range when each policy is left out once"))  # fmt: skip
+        value, how = METRICS[name][0](*points), "range when each policy is left out once"
+        rows.append(make_row(f"{name}_leave_one_out", value, METRICS[name][2], low, high, how))
     rows += _left_out_rows(paired, means)
     rows += _ceiling_rows(paired.real, paired.n_real, paired.n_imagined, means, confidence, generator)
-    rows += _noise_free_rows(paired, means, confidence, aside)
-    rows += _new_task_rows(paired, means, ROBUST, confidence, aside)
-    if paired.truth is not None:
-        new = (paired.truth.means[..., 0], paired.truth.means[..., 1])
-        rows += [_new_task_posterior_row(name, METRICS[name][0](*new), confidence) for name in ROBUST]
-    return _about(rows, scope, len(paired.policies), MEANS, paired.pairing)
+    new = paired.truth and {
+        name: METRICS[name][0](paired.truth.means[..., 0], paired.truth.means[..., 1]) for name in PERFECT
+    }
+    rows += _noise_free_rows(paired, means, confidence, aside, new=new)
+    rows += _new_task_rows(paired, means, PERFECT, confidence, aside)
+    return about(rows, scope, len(paired.policies), MEANS, paired.pairing)
 
 
 def cell_rows(paired: Paired, scope: str, confidence: float, generator: np.random.Generator) -> list[dict[str, Any]]:
@@ -121,12 +131,11 @@ def cell_rows(paired: Paired, scope: str, confidence: float, generator: np.rando
     rows += _line_rows(paired, confidence)
     rows += _left_out_rows(paired, flat)
     rows += _ceiling_rows(paired.real, paired.n_real, paired.n_imagined, flat, confidence, generator)
-    rows += _noise_free_rows(paired, flat, confidence, aside)
+    new = paired.truth and {"pearson": paired.truth.pearson_over_new_cells()}
+    rows += _noise_free_rows(paired, flat, confidence, aside, new=new)
     # Drawn twice, a task takes another's place in MMRV's maximum: the bootstrap held the truth in 69 % of simulations.
     rows += _new_task_rows(paired, flat, ("pearson", "spearman"), confidence, aside)
-    if paired.truth is not None:
-        rows.append(_new_task_posterior_row("pearson", paired.truth.pearson_over_new_cells(), confidence))
-    return _about(rows, scope, paired.real.size, CELLS, paired.pairing)
+    return about(rows, scope, paired.real.size, CELLS, paired.pairing)
 
 
 def within_rows(paired: Paired) -> list[dict[str, Any]]:
@@ -140,13 +149,13 @@ def within_rows(paired: Paired) -> list[dict[str, Any]]:
             known = values[~np.isnan(values)]
             value = known.sum() if count else known.mean() if len(known) else math.nan
             text = f"{convention}; over policies, {'sum' if count else 'mean'} of the {len(known)} tasks that have it"
-            rows.append(_row(name, value, text))
-    rows = _about(rows, "within tasks", len(paired.tasks), "success on one task", paired.pairing)
+            rows.append(make_row(name, value, text))
+    rows = about(rows, "within tasks", len(paired.tasks), "success on one task", paired.pairing)
     if len(paired.tasks) < FEWEST_PER_POLICY:
         return rows
     for policy, imagined, real in zip(paired.policies, paired.imagined, paired.real):
-        some = [_row(name, METRICS[name][0](imagined, real), f"{METRICS[name][2]}; over tasks") for name in ROBUST]
-        rows += _about(some, f"tasks of {policy}", len(paired.tasks), "success on one task", paired.pairing)
+        some = [make_row(name, METRICS[name][0](imagined, real), f"{METRICS[name][2]}; over tasks") for name in PERFECT]
+        rows += about(some, f"tasks of {policy}", len(paired.tasks), "success on one task", paired.pairing)
     return rows
 
 
@@ -159,7 +168,7 @@ def ceiling_rows(
         ("all policies", len(real), MEANS, means), ("policy x task cells", real.size, CELLS, flat)
     ):  # fmt: skip
         found = _ceiling_rows(real, n_real, n_real, summary, confidence, generator)
-        rows += _about(found, scope, n, what, "no imagined results")
+        rows += about(found, scope, n, what, "no imagined results")
     return rows
 
 
@@ -182,10 +191,10 @@ def trial_rows(imagined: Outcomes, real: Outcomes, weights: np.ndarray, confiden
         "kappa": "(agreement - by chance) / (1 - by chance); 0: rates alone, 1: every trial",
     }
     rows = [
-        _row(name, values[name], convention, *_interval(draws[name], confidence, values[name]), BOOTSTRAP)
+        make_row(name, values[name], convention, *percentile_interval(draws[name], confidence, values[name]), BOOTSTRAP)
         for name, convention in conventions.items()
     ]
-    return _about(rows, "trials", int(there.sum()), "outcome of a policy on one of these first frames", SAME_FRAMES)
+    return about(rows, "trials", int(there.sum()), "outcome of a policy on one of these first frames", SAME_FRAMES)
 
 
 def _match(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -211,44 +220,34 @@ def _metric_rows(metrics: dict, paired: Paired, summary: Summary, confidence: fl
         value, interval = float(metric(*points)), (math.nan, math.nan, NO_INTERVAL)
         if has_interval:
             draws = metric(summary(paired.imagined_draws), summary(paired.real_draws))
-            interval = (*_interval(draws, confidence, value), paired.interval)
+            interval = (*percentile_interval(draws, confidence, value), paired.interval)
         if len(points[0]) < 2:
             convention += f"; undefined below two {noun}"
-        rows.append(_row(name, value, convention, *interval))
+        rows.append(make_row(name, value, convention, *interval))
     return rows
 
 
 def _noise_free_rows(
     paired: Paired, summary: Summary, confidence: float, generator: np.random.Generator, metrics: dict = METRICS,
-    perfect: dict[str, float] = ROBUST,
+    perfect: dict[str, float] = PERFECT, new: dict[str, np.ndarray] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Statistics of the true rates on these tasks, as far as the trials tell them."""
+    """Statistics of the true rates, as far as the trials tell them: on these tasks, and `new` draws for tasks like them."""
     if paired.truth is None:
         return []
     rows = []
     replicas = [summary(side) for side in paired.truth.replicas(paired.n_imagined, paired.n_real, generator)]
     for name, best in perfect.items():
         metric, _, convention = metrics[name]
-        draws = metric(summary(paired.truth.imagined), summary(paired.truth.real))
-        value, low, high = _median_and_interval(draws, confidence)
-        low, high = reach(low, high, best, metric(summary(paired.imagined), summary(paired.real)), metric(*replicas),
-                          confidence)  # fmt: skip
-        rows.append(_row(f"{name}_noise_free", value, convention, low, high, POSTERIOR, which=NOISE_FREE))
+        observed, copies = metric(summary(paired.imagined), summary(paired.real)), metric(*replicas)
+        kinds = {"noise_free": (metric(summary(paired.truth.imagined), summary(paired.truth.real)), convention, FIXED)}
+        if new and name in new:
+            population = f"{convention}; population of tasks like these, normal on the logit scale"
+            kinds["noise_free_new_tasks"] = (new[name], population, NEW_TASKS)
+        for kind, (draws, text, tasks) in kinds.items():
+            value, low, high = median_and_interval(draws, confidence)
+            low, high = reach(low, high, best, observed, copies, confidence)
+            rows.append(make_row(f"{name}_{kind}", value, text, low, high, POSTERIOR, tasks, NOISE_FREE))
     return rows
-
-
-def reach(
-    low: float, high: float, best: float, observed: float, replicas: np.ndarray, confidence: float
-) -> tuple[float, float]:
-    """Stretch an interval to the `best` value unless perfect replicas `(B,)` hardly ever do as badly as was observed.
-
-    A posterior gives no weight to perfection itself, so without this its interval could never hold it.
-    """
-    replicas = replicas[~np.isnan(replicas)]
-    worse = replicas <= observed + st.TIE if best > 0.5 else replicas >= observed - st.TIE
-    if math.isnan(observed) or not len(replicas) or worse.mean() <= 0.5 - confidence / 2:
-        return low, high
-    return (low, best) if best > 0.5 else (best, high)
 
 
 def _new_task_rows(
@@ -260,22 +259,15 @@ def _new_task_rows(
         metric, _, convention = METRICS[name]
         value, interval = float(metric(summary(paired.imagined), summary(paired.real))), (math.nan, math.nan)
         if draws is not None:
-            interval = _interval(metric(*map(summary, draws)), confidence, value)
+            interval = percentile_interval(metric(*map(summary, draws)), confidence, value)
         how = TOO_FEW_TASKS if draws is None else TASK_BOOTSTRAP
-        rows.append(_row(f"{name}_new_tasks", value, convention, *interval, how, tasks=NEW_TASKS))
+        rows.append(make_row(f"{name}_new_tasks", value, convention, *interval, how, tasks=NEW_TASKS))
     return rows
-
-
-def _new_task_posterior_row(name: str, draws: np.ndarray, confidence: float) -> dict[str, Any]:
-    convention = f"{METRICS[name][2]}; population of tasks like these, normal on the logit scale"
-    values = _median_and_interval(draws, confidence)
-    return _row(f"{name}_noise_free_new_tasks", values[0], convention, *values[1:], "posterior of the true rates",
-                NEW_TASKS, NOISE_FREE)  # fmt: skip
 
 
 def _left_out_rows(paired: Paired, summary: Summary) -> list[dict[str, Any]]:
     rows = []
-    for name in ROBUST:
+    for name in PERFECT:
         metric, _, convention = METRICS[name]
 
         def of_cells(imagined: np.ndarray, real: np.ndarray, metric: st.Metric = metric) -> np.ndarray:
@@ -284,7 +276,7 @@ def _left_out_rows(paired: Paired, summary: Summary) -> list[dict[str, Any]]:
         value = of_cells(paired.imagined, paired.real)
         low, high = st.leave_one_task_out(of_cells, paired.imagined, paired.real)
         how = "range when each task is left out once"
-        rows.append(_row(f"{name}_leave_one_task_out", value, convention, low, high, how))
+        rows.append(make_row(f"{name}_leave_one_task_out", value, convention, low, high, how))
     return rows
 
 
@@ -293,7 +285,7 @@ def _permutation_row(imagined: np.ndarray, real: np.ndarray, generator: np.rando
         value, how = st.permutation_p(imagined, real), "all orderings enumerated"
     else:
         value, how = st.sampled_permutation_p(imagined, real, generator, ORDERINGS), f"{ORDERINGS} orderings sampled"
-    return _row("permutation_p", value, f"one-sided, of Pearson r over policies; {how}", digits=12)
+    return make_row("permutation_p", value, f"one-sided, of Pearson r over policies; {how}", digits=12)
 
 
 def _trivial_rows(paired: Paired) -> list[dict[str, Any]]:
@@ -303,7 +295,7 @@ def _trivial_rows(paired: Paired) -> list[dict[str, Any]]:
         "pearson_trivial_imagined": (paired.imagined, "predicts each policy's imagined mean for every task"),
     }
     return [
-        _row(name, st.pearson(flat(st.trivial_prediction(cells)), real), f"reference: {text}")
+        make_row(name, st.pearson(flat(st.trivial_prediction(cells)), real), f"reference: {text}")
         for name, (cells, text) in texts.items()
     ]
 
@@ -313,18 +305,20 @@ def _line_rows(paired: Paired, confidence: float) -> list[dict[str, Any]]:
     imagined, real = flat(paired.imagined), flat(paired.real)
     slope, intercept = st.least_squares(imagined, real)
     rows = [
-        _row("slope", slope, "least squares of imagined on real rates; noise in the real rates flattens it"),
-        _row("intercept", intercept, "of the same line"),
+        make_row("slope", slope, "least squares of imagined on real rates; noise in the real rates flattens it"),
+        make_row("intercept", intercept, "of the same line"),
     ]
     for points in (10, 20):
         share = st.share_within(imagined, real, points / 100)
-        rows.append(_row(f"within_{points}_points", share, f"share of cells with |imagined - real| <= {points} points"))
+        rows.append(
+            make_row(f"within_{points}_points", share, f"share of cells with |imagined - real| <= {points} points")
+        )
     r = float(st.pearson(imagined, real))
     low, high = (math.nan, math.nan)
     if len(real) > 3 and abs(r) < 1:
         low, high = st.fisher_interval(r, len(real), confidence)
     convention = "Fisher's z as if cells were independent points: they share policies and tasks, so it is no interval"
-    rows.append(_row("pearson_if_independent", r, f"reference: {convention}", low, high, "Fisher z"))
+    rows.append(make_row("pearson_if_independent", r, f"reference: {convention}", low, high, "Fisher z"))
     return rows
 
 
@@ -339,46 +333,10 @@ def _ceiling_rows(
     for name in CEILINGS:
         values = METRICS[name][0](summary(imagined), summary(real))
         mean = float(np.nanmean(values)) if not np.isnan(values).all() else math.nan
-        rows.append(_row(f"{name}_ceiling", mean, convention, *_interval(values, confidence, mean), REPLICA_RANGE))
+        rows.append(
+            make_row(f"{name}_ceiling", mean, convention, *percentile_interval(values, confidence, mean), REPLICA_RANGE)
+        )
     return rows
-
-
-# ---- one row --------------------------------------------------------------------------------------------------------
-
-
-def _interval(values: np.ndarray, confidence: float, value: float) -> tuple[float, float]:
-    """Percentile interval of the resamples in which the statistic is defined, stretched to hold `value`."""
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return math.nan, math.nan
-    low, high = np.quantile(values, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return float(np.fmin(low, value)), float(np.fmax(high, value))
-
-
-def _median_and_interval(values: np.ndarray, confidence: float) -> tuple[float, float, float]:
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return (math.nan,) * 3
-    return tuple(map(float, np.quantile(values, [0.5, 0.5 - confidence / 2, 0.5 + confidence / 2])))
-
-
-def _row(
-    statistic: str, value: float, convention: str, low: float = math.nan, high: float = math.nan,
-    interval: str = NO_INTERVAL, tasks: str = FIXED, which: str = OBSERVED, digits: int = 6,
-) -> dict[str, Any]:  # fmt: skip
-    # Adding zero turns the -0.0 that rounding leaves into 0.
-    value, low, high = (round(float(number), digits) + 0.0 for number in (value, low, high))
-    return {
-        "statistic": statistic, "value": value, "low": low, "high": high, "interval": interval,
-        "estimand": f"{tasks}; {which}", "convention": convention,
-    }  # fmt: skip
-
-
-def _about(rows: list[dict[str, Any]], scope: str, n: int, what: str, pairing: str) -> list[dict[str, Any]]:
-    """Complete `rows` with what they have in common."""
-    return [
-        row | {"scope": scope, "n": n, "pairing": pairing, "estimand": f"{what}; {row['estimand']}"} for row in rows
-    ]
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

@@ -8,13 +8,17 @@ The sequential test bets on which of two policies does better on the next frame.
 than the other" its wealth, the e-value, grows beyond m/α with probability at most α/m, however often one looks, so one
 may stop there (Ville; Waudby-Smith and Ramdas, J. R. Stat. Soc. B 86, 2024, arXiv 2010.09686; for robot policies: Snyder
 et al., arXiv 2503.10966).
+
+As a program: compare policies on trials as they are being run, and say whether to go on.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +26,8 @@ import numpy as np
 
 from workflow_src.analysis import statistics as st
 from workflow_src.analysis.records import Outcomes
+from workflow_src.common.errors import UserError, run_cli
+from workflow_src.common.files import atomic_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -127,9 +133,14 @@ def _letter(i: int) -> str:
 # ---- all pairs of one side ------------------------------------------------------------------------------------------
 
 
-def paired_rows(found: Outcomes, policies: Sequence[str], side: str, confidence: float) -> list[dict[str, Any]]:
-    """Every pair of policies on the trials they share; the better one is `policy_a`."""
-    order = _interleaved(found.tasks)
+def paired_rows(
+    found: Outcomes, policies: Sequence[str], side: str, confidence: float, order: np.ndarray | None = None
+) -> list[dict[str, Any]]:
+    """Every pair of policies on the trials they share; the better one is `policy_a`.
+
+    `order (N,)` is that in which the trials were run, for the sequential test; by default tasks take turns.
+    """
+    order = _interleaved(found.tasks) if order is None else order
     pairs = list(itertools.combinations(range(len(policies)), 2))
     threshold = len(pairs) / (1 - confidence)
     rows = [_paired_row(found, a, b, order, confidence, threshold) for a, b in pairs]
@@ -245,3 +256,87 @@ def add_groups(ranking: pd.DataFrame, comparisons: pd.DataFrame) -> pd.DataFrame
             names = ranking.sort_values([f"rank_{side}", "policy"], kind="stable")["policy"].tolist()
             ranking[f"group_{side}"] = ranking["policy"].map(letters(names, different))
     return ranking
+
+
+# ---- trials as they are run -----------------------------------------------------------------------------------------
+
+TRIAL_COLUMNS = ["policy", "task", "frame", "success"]
+EXAMPLES = """FILE.csv has one row per trial, in the order in which they were run:
+  policy, task   names
+  frame          which first frame; policies are compared on those they share, rows of the same frame are repeats
+  success        0 or 1, or partial credit between
+
+examples:
+  python -m workflow_src.analysis.comparisons --trials today.csv --out comparisons.csv
+"""
+
+
+def load_trials(file: Path) -> tuple[Outcomes, list[str]]:
+    """Outcomes and policies of a CSV (see `EXAMPLES`), trials in the order of the file. `UserError` says what is wrong."""
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a readable CSV ({' '.join(str(error).split())})") from None
+    if missing := [column for column in TRIAL_COLUMNS if column not in table]:
+        raise UserError(f"{file}: has no column {', '.join(missing)}; columns: {', '.join(TRIAL_COLUMNS)}")
+    values = pd.to_numeric(table["success"], errors="coerce")
+    bad = ~((values >= 0) & (values <= 1))
+    if bad.any():
+        row = table[bad].iloc[0]
+        raise UserError(f"{file}: success of {row.policy}, {row.task}, frame {row.frame} is {row.success}; it must be "
+                        "between 0 and 1")  # fmt: skip
+    policies = list(dict.fromkeys(table["policy"].astype(str)))
+    if len(policies) < 2:
+        raise UserError(f"{file}: holds {len(policies)} policies; it takes two to compare")
+    trials = list(dict.fromkeys(zip(table["task"].astype(str), table["frame"].astype(str))))
+    tasks = list(dict.fromkeys(task for task, _ in trials))
+    sums, counts = np.zeros((2, len(policies), len(trials)))
+    for policy, task, frame, value in zip(table["policy"].astype(str), table["task"].astype(str),
+                                          table["frame"].astype(str), values):  # fmt: skip
+        place = policies.index(policy), trials.index((task, frame))
+        sums[place] += value
+        counts[place] += 1
+    for a, b in itertools.combinations(range(len(policies)), 2):
+        if not ((counts[a] > 0) & (counts[b] > 0)).any():
+            raise UserError(
+                f"{file}: {policies[a]} and {policies[b]} share no frame; try both on the same first frames"
+            )
+    return Outcomes(sums, counts, np.array([tasks.index(task) for task, _ in trials])), policies
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        prog="python -m workflow_src.analysis.comparisons",
+        description="Compare policies on the trials run so far: exact tests, intervals, and whether to go on.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--trials", type=Path, required=True, metavar="FILE.csv", help="trials in the order they were run"
+    )
+    parser.add_argument("--out", type=Path, help="CSV to write")
+    parser.add_argument("--confidence", type=float, default=0.95, help="of intervals and tests (default: %(default)s)")
+    options = parser.parse_args()
+    if not 0 < options.confidence < 1:
+        raise UserError(f"--confidence: {options.confidence:g} is not between 0 and 1; 0.95 is usual")
+    found, policies = load_trials(options.trials)
+    rows = paired_rows(found, policies, "real", options.confidence, np.arange(len(found.tasks)))
+    for row in rows:
+        if row["stop_after"]:
+            verdict = f"decided after {row['stop_after']} frames"
+        elif row["frames_needed"]:
+            verdict = f"go on; perhaps decided after {row['frames_needed']} frames"
+        else:
+            verdict = "go on; no difference in sight"
+        print(f"{row['policy_a']} - {row['policy_b']}: {row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}] on "
+              f"{row['n']} shared frames, p {row['p']:.2g}; {verdict}")  # fmt: skip
+    if options.out:
+        with atomic_path(options.out) as temporary:
+            comparison_table(rows).to_csv(temporary, index=False, float_format="%.9g")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -8,12 +8,14 @@ chance cannot be told from what makes a frame hard for one policy and not for an
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from workflow_src.analysis.records import TRUTH
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = ["world", "judge", "component", "variance", "share", "sd", "levels", "note"]
 ONE_REPEAT = "not identifiable: repeats = 1; part of policy x frame"
@@ -63,6 +65,8 @@ def _note(name: str, value: float) -> str:
 
 def _cube(rows: pd.DataFrame) -> tuple[np.ndarray | None, np.ndarray]:
     """Success `(P, F, R)` on the frames that are complete, and their tasks as numbers `(F,)`."""
+    import pandas as pd
+
     table = rows.pivot(index=["policy", "repeat"], columns=["task", "trial_id"], values="success_at_end")
     complete = table.dropna(axis=1)
     tasks = complete.columns.get_level_values("task")
@@ -123,5 +127,7 @@ def _between_judges(rows: pd.DataFrame) -> tuple[float, int]:
 
 def variance_table(judgements: pd.DataFrame, sides: list[tuple[str, str]]) -> pd.DataFrame:
     """`variance.csv` for pairs of world and judge."""
+    import pandas as pd
+
     rows = [row for world, judge in sides for row in components(judgements, world, judge)]
     return pd.DataFrame(rows, columns=COLUMNS)

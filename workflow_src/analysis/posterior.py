@@ -7,9 +7,10 @@ the true rates of P policies on K tasks, real and imagined, follow a model whose
     policy[i] ~ N(mean, S_policy)    task[j] ~ N(0, S_task)    rest[i, j] ~ N(0, S_rest)
     successes[i, j] ~ Binomial(n[i, j], rate[i, j]), independent between the two sides
 
-with half-t(2 degrees of freedom, scale 1) priors on standard deviations and uniform ones on the correlations inside each S
-(Huang and Wand, Bayesian Analysis 8, 2013) and mean ~ N(0, 1.5²). Sampled by Metropolis within Gibbs, many chains at once.
-How often its intervals hold the truth, also where the model is wrong: `benchmarks/coverage.md`.
+with half-t priors (`NU` degrees of freedom, scale 1) on the standard deviations in each S, and on their correlation r a
+density as (1 - r²)^(NU/2 - 1) (Huang and Wand, Bayesian Analysis 8, 2013); mean ~ N(0, 1.5²). Sampled by Metropolis
+within Gibbs, many chains at once. How often its intervals hold the truth, also where the model is wrong:
+`benchmarks/coverage.md`.
 
 D data sets · C chains · B draws · P policies · K tasks · 2 sides (imagined, real). Logits are natural.
 """
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 CHAINS, WARM_UP, KEPT, THIN = 16, 200, 125, 4
+# NU = 2 makes r uniform; with three levels that draws the whole towards 0, and intervals of r held the truth in 85 %.
 NU, SCALE, MEAN_SD = 0.5, 1.0, 1.5
 # Gauss-Hermite nodes for averages over new tasks: exact to three digits for the spreads that occur.
 NODES = 15

@@ -14,6 +14,7 @@ from workflow_src.analysis import (
     agreement,
     cells,
     comparisons,
+    components,
     correction,
     posterior,
     prediction_powered,
@@ -292,8 +293,6 @@ def prediction_powered_table(study: Study) -> pd.DataFrame:
 
 def variance_table(study: Study) -> pd.DataFrame:
     """`variance.csv`: where the scatter of imagined rollouts comes from, and that of the lab's."""
-    from workflow_src.analysis import components
-
     sides = [(IMAGINED, study.stage.judges.primary)] + ([(LAB, TRUTH)] if study.truth is not None else [])
     return components.variance_table(study.judgements, sides)
 

@@ -160,6 +160,7 @@ class Sampler:
     guidance: float = 1.0  # classifier-free guidance over actions; 1: off
     mode: Literal["exact", "streaming"] = "exact"
     cached: bool = True  # False: naive full-window recomputation, the tested reference
+    compile: bool = False  # torch.compile with static shapes, on a GPU as CUDA graphs; takes minutes to start
 
 
 @dataclass(frozen=True)
