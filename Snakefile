@@ -14,6 +14,7 @@ min_version("9.20")
 sys.path.insert(0, workflow.basedir)
 from workflow_src.workflow import (
     CORRUPTIONS,
+    SPLITS,
     WORLDS,
     any_of,
     limit_servers,
@@ -45,7 +46,7 @@ onstart:
 
 
 wildcard_constraints:
-    dataset=any_of([flow.config.episodes.dataset, *flow.config.episodes.stores]),
+    dataset=any_of([flow.config.episodes.dataset, *flow.config.episodes.stores, *flow.recorded]),
     split=any_of(flow.config.episodes.splits),
     network=any_of(flow.config.behaviour_cloning) or "none",
     policy=any_of(flow.config.policies) or "none",
@@ -65,6 +66,7 @@ rule all:
 
 
 include: "rules/episodes.smk"
+include: "rules/datasets.smk"
 include: "rules/world_model.smk"
 include: "rules/published.smk"
 include: "rules/policies.smk"

@@ -13,9 +13,9 @@ from workflow_src.common.files import write_if_changed  # noqa: E402
 ENVIRONMENTS = {
     "base": (
         "Everything but the policies: simulator, training, judging, analysis.",
-        ["av", "diffusers", "einops", "gymnasium", "imageio", "ipykernel", "msgpack", "mujoco", "nbconvert", "numpy",
-         "openai", "pandas", "papermill", "pillow", "pyarrow", "PyYAML", "requests", "safetensors", "scipy", "seaborn",
-         "tensorboard", "torch", "websockets"],
+        ["av", "diffusers", "einops", "google-crc32c", "gymnasium", "imageio", "ipykernel", "msgpack", "mujoco", "nbconvert",
+         "numpy", "openai", "pandas", "papermill", "pillow", "pyarrow", "PyYAML", "requests", "safetensors", "scipy",
+         "seaborn", "tensorboard", "tensorflow-datasets", "torch", "websockets"],
     ),
     "tabletop": (
         "The tabletop's own policies: behaviour cloning, scripted, random.",

@@ -13,7 +13,7 @@ from workflow_src.common.errors import UserError
 from workflow_src.common.sections import Config
 from workflow_src.workflow import ROOT, checked
 
-CONFIGS = sorted((ROOT / "config").glob("*.yaml"))
+CONFIGS = [path for path in sorted((ROOT / "config").glob("*.yaml")) if path.name != "datasets.yaml"]
 DEFAULT = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
 
 

@@ -30,7 +30,9 @@ class Embodiment:
     max_translation: float  # largest commanded step per axis
     max_rotation: float
     binary_gripper: bool  # the recorded command is 0 or 1, never in between
-    lateral_axis: int  # 0 or 1: the axis (x or y) that points sideways in the image, for mirroring
+    lateral_axis: (
+        int | None
+    )  # 0 or 1: the axis (x or y) that points sideways in the image, for mirroring; None: unknown
     base: bool  # whether the base channels mean anything
     source: str
 
@@ -57,6 +59,57 @@ EMBODIMENTS = {
     ),
 }  # fmt: skip
 
+# The other robots of Open X-Embodiment and LIBERO: control rate in Hz, largest step (translation, rotation), the world
+# model's range that it is mapped to (2.0 and 1.57: RT-1-X's tokens, for what its example takes as it is), whether the
+# gripper command is binary, base, and where that is from. What is not said to be in metres is in the units of the robot's
+# own controller, as it was recorded.
+_OTHERS = (
+    ("google_robot", 3.0, 2.0, 1.57, 2.0, 1.57, True, True, "RT-1: metres, radians, range of RT-1-X's tokens"),
+    ("franka_taco", 15.0, 0.02, 0.05, 1.75, 1.4, True, False, "TACO Play: metres, radians; clipped at 1/50 and 1/20"),
+    (
+        "jaco",
+        10.0,
+        0.2,
+        1.0,
+        1.75,
+        1.4,
+        True,
+        False,
+        "Jaco Play: no rotation; OXE's example divides by deviations of 0.11",
+    ),
+    (
+        "franka_cable",
+        10.0,
+        2.0,
+        1.57,
+        2.0,
+        1.57,
+        False,
+        False,
+        "Cable Routing: velocities, as they are in OXE's example",
+    ),
+    ("sawyer_roboturk", 10.0, 2.0, 1.57, 2.0, 1.57, False, False, "RoboTurk: as they are in OXE's example"),
+    ("stretch_door", 3.0, 0.07, 0.07, 1.75, 1.4, True, False, "NYU door opening: both range to 0.07, OXE's example"),
+    ("franka_viola", 20.0, 1.0, 0.4, 1.75, 1.4, True, False, "VIOLA: range to 1.0 and 0.4, OXE's example"),
+    ("ur5_autolab", 5.0, 0.02, 0.07, 1.75, 1.4, True, False, "Autolab UR5: range to 0.02 and 0.07, OXE's example"),
+    (
+        "franka_toto",
+        30.0,
+        0.7,
+        1.57,
+        1.75,
+        1.57,
+        True,
+        False,
+        "TOTO: range to 0.7, rotations as they are, OXE's example",
+    ),
+    ("panda_libero", 20.0, 0.05, 0.25, 1.75, 1.4, True, False, "LIBERO: metres, radians; OSC_POSE moves 0.05 m at 1"),
+)
+EMBODIMENTS |= {
+    name: Embodiment(name, hz, translation, rotation, binary, None, base, source)
+    for name, hz, translation, rotation, _, _, binary, base, source in _OTHERS
+}
+
 _BRIDGE_WORLDGYM = Scale(
     35.0, 5.6, 1.74, 1.39,
     "RT-1-X's Bridge pre-processing (Open X-Embodiment, Minimal_Training_Example): ±0.05 m → ±1.75, ±0.25 rad → ±1.4, "
@@ -70,6 +123,10 @@ SCALES = {
     ("widowx", "rehearsal"): _BRIDGE_REHEARSAL,
     ("tabletop", "worldgym"): _BRIDGE_WORLDGYM,
     ("tabletop", "rehearsal"): _BRIDGE_REHEARSAL,
+}
+SCALES |= {
+    (name, "rehearsal"): Scale(far / translation, wide / rotation, far, wide, source)
+    for name, _, translation, rotation, far, wide, _, _, source in _OTHERS
 }
 
 
@@ -131,8 +188,9 @@ def mirror_actions(actions: np.ndarray, embodiment: str = "tabletop") -> np.ndar
     flips and so does its sense), the other two change sign. With x sideways (tabletop): dx, dpitch, dyaw. With y
     sideways (WidowX): dy, droll, dyaw.
     """
-    robot = get(embodiment)
-    mirrored = np.array(actions)
+    robot, mirrored = get(embodiment), np.array(actions)
+    if robot.lateral_axis is None:
+        raise UserError(f"world_model.mirror: how a mirrored {embodiment} would move is not known; set it to false")
     width = mirrored.shape[-1]
     if width not in (METRIC_DIM, WORLD_MODEL_DIM):
         raise UserError(f"actions of width {width} cannot be mirrored; metric ones have 7 numbers, world-model ones 10")

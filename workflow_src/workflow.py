@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +21,10 @@ from workflow_src.common.errors import UserError
 from workflow_src.common.files import write_if_changed
 from workflow_src.common.progress import say
 from workflow_src.common.sections import Config, Policy, Vlm
+from workflow_src.embodiments import EMBODIMENTS
 from workflow_src.episodes.mixture import Mixture, frame_skips, read_mixture
+from workflow_src.episodes.registry import Dataset, entry_dict, load_registry
+from workflow_src.episodes.sources import description
 from workflow_src.world_model.published import check as check_published
 from workflow_src.world_model.published import is_address
 
@@ -72,10 +76,34 @@ class Workflow:
         """The data sets that the world model is trained on."""
         return read_mixture(self.config.world_model.data, self.config.episodes.dataset)
 
+    @cached_property
+    def recorded(self) -> dict[str, Dataset]:
+        """The registered data sets among them, which are fetched and converted."""
+        return _recorded(self.config)
+
+    def source(self, dataset: str) -> str:
+        """Folder of a registered data set as its authors publish it: a copy that is here, or the download."""
+        return self.config.episodes.recorded.copies.get(dataset, f"{self.results}/downloads/{dataset}")
+
+    def source_file(self, dataset: str) -> str:
+        """The file that stands for that folder among a rule's inputs."""
+        if dataset in self.config.episodes.recorded.copies:
+            return str(description(self.source(dataset)))
+        return f"{self.source(dataset)}/download.json"
+
+    def groups(self, dataset: str) -> list[str]:
+        """Results of all shard groups of a registered data set."""
+        count = self.config.episodes.recorded.groups
+        return [f"{self.results}/episodes/{dataset}/groups/{i}-of-{count}.json" for i in range(1, count + 1)]
+
     def store(self, dataset: str, split: str) -> str:
         """What stands for a split of a data set among a rule's inputs: its table, or its folder where there is none."""
         if dataset == self.config.episodes.dataset:
             return f"{self.episodes}/{split}/episodes.parquet"
+        if dataset in self.recorded:
+            there = self.recorded[dataset].stored_splits()
+            name = next(name for name in SPLITS.get(split, (split,)) if name in there)
+            return f"{self.results}/episodes/{dataset}/{name}/episodes.parquet"
         folder = _split_folder(self.config, dataset, split)
         table = folder / "episodes.parquet"
         return str(table if table.is_file() else folder)
@@ -129,6 +157,8 @@ class Workflow:
 
         text = yaml.safe_dump(to_dict(self.config), sort_keys=False)
         write_if_changed(f"{self.results}/run_config.yaml", text)
+        for name, entry in self.recorded.items():
+            write_if_changed(self.stage(f"datasets/{name}"), json.dumps({name: entry_dict(entry)}, indent=1) + "\n")
         for name, sections in _stages(self.config).items():
             write_stage(f"{self.results}/config", name, self.config, sections)
 
@@ -145,6 +175,7 @@ def _stages(config: Config) -> dict[str, dict[str, Any]]:
     data = config.world_model.data or config.episodes.dataset
     world_model = to_dict(replace(config.world_model, processes=1, data=data))
     episodes = to_dict(replace(config.episodes, stores={}))
+    del episodes["recorded"]  # the lab's episodes do not depend on it
     plain = to_dict(config)
     stages: dict[str, dict[str, Any]] = {
         "episodes": {"lab": lab, "episodes": episodes},
@@ -224,9 +255,11 @@ def _check_data(config: Config) -> None:
     for name in stores:
         _split_folder(config, name, "train")
     mixture = read_mixture(config.world_model.data, own)
+    registered = load_registry(config.episodes.recorded.registry)
     for name in mixture.names:
-        check_name("world_model.data", name, [own, *stores])
-    if mixture.names[0] != own:
+        check_name("world_model.data", name, [own, *stores, *registered])
+    _check_recorded(config, registered)
+    if mixture.names[0] in stores:
         _split_folder(config, mixture.names[0], "validation")
     skips = dict(zip(mixture.names, frame_skips(config.world_model.frame_skip, mixture.names)))
     frames = 1 + (config.world_model.clip_frames - 1) * skips.get(own, 0)
@@ -235,6 +268,36 @@ def _check_data(config: Config) -> None:
             f"world_model.clip_frames: {config.world_model.clip_frames} is longer than an episode "
             f"({config.lab.horizon + 1} frames at lab.horizon {config.lab.horizon}"
             + (f", every {skips[own]}. shown)" if skips[own] > 1 else ")")
+        )
+
+
+def _recorded(config: Config) -> dict[str, Dataset]:
+    own = config.episodes.dataset
+    registry = load_registry(config.episodes.recorded.registry)
+    there = {own, *config.episodes.stores}
+    return {name: registry[name] for name in read_mixture(config.world_model.data, own).names if name not in there}
+
+
+def _check_recorded(config: Config, registered: Iterable[str]) -> None:
+    recorded = config.episodes.recorded
+    for name, folder in recorded.copies.items():
+        check_name("episodes.recorded.copies", name, registered)
+        try:
+            description(folder)
+        except UserError as error:
+            raise UserError(f"episodes.recorded.copies.{name}: {error}") from None
+    if recorded.groups < 1:
+        raise UserError(f"episodes.recorded.groups: {recorded.groups} is impossible; it must be at least 1")
+    if not 0 <= recorded.max_rejected < 1:
+        raise UserError(f"episodes.recorded.max_rejected: {recorded.max_rejected} is not a fraction from 0 to below 1")
+    unknown = [name for name, entry in _recorded(config).items() if EMBODIMENTS[entry.embodiment].lateral_axis is None]
+    if config.world_model.mirror and unknown:
+        raise UserError(
+            f"world_model.mirror: how the robot of {unknown[0]} would move mirrored is not known; set it to false"
+        )
+    if _recorded(config) and config.lab.image_size % 2:
+        raise UserError(
+            f"lab.image_size: {config.lab.image_size} is odd; converted videos need an even number of pixels"
         )
 
 

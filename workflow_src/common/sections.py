@@ -45,12 +45,23 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Recorded:
+    """Registered data sets (`config/datasets.yaml`): fetched and converted where `world_model.data` names them."""
+
+    registry: str = ""  # file of more of them, like that one
+    copies: dict[str, str] = field(default_factory=dict)  # name → folder of a copy that is here: nothing is fetched
+    groups: int = 8  # jobs that convert one data set
+    max_rejected: float = 0.02  # share of damaged episodes that is tolerated
+
+
+@dataclass(frozen=True)
 class Episodes:
     """Recorded robot data."""
 
     dataset: str = "tabletop"  # name of the data set that the lab records
     # Name → folder of other data sets, with a folder per split: train, and validation, val or test.
     stores: dict[str, str] = field(default_factory=dict)
+    recorded: Recorded = field(default_factory=Recorded)
     splits: dict[str, Split] = field(
         default_factory=lambda: {
             "train": Split(episodes=800),

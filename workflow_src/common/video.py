@@ -1,4 +1,4 @@
-"""Short videos on disk: written lossless so that judges and training see the very pixels that were rendered."""
+"""Short videos on disk: lossless where judges and training shall see the very pixels that were rendered."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from workflow_src.common.errors import UserError
 from workflow_src.common.files import atomic_path
 
 
-def write_video(path: str | Path, frames: np.ndarray, fps: float, lossless: bool = True) -> None:
+def write_video(path: str | Path, frames: np.ndarray, fps: float, lossless: bool = True, keyframes: int = 0) -> None:
     """Write uint8 `(T, H, W, 3)` RGB frames as an H.264 mp4.
 
     `lossless` stores RGB exactly (4:4:4, quantiser 0). Otherwise yuv420p, which every browser plays; height and width must
-    then be even. One encoder thread: the bytes are the same on every run.
+    then be even. At least every `keyframes`-th frame can be decoded without others; 0: the encoder's choice. One encoder
+    thread: the bytes are the same on every run.
     """
     import av
 
@@ -24,6 +25,8 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, lossless: bool
         raise ValueError(f"frames must be uint8 (T>0, H, W, 3), got {frames.dtype} {frames.shape}")
     with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         options = {"qp": "0", "preset": "ultrafast"} if lossless else {"crf": "18", "preset": "veryfast"}
+        if keyframes:
+            options |= {"g": str(keyframes), "bf": "0"}
         codec = "libx264rgb" if lossless else "libx264"
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000), options=options)
         stream.height, stream.width = frames.shape[1:3]
@@ -92,6 +95,19 @@ def probe_video(path: str | Path) -> tuple[int, int, int]:
             frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
             return frames, stream.height, stream.width
     except (av.FFmpegError, IndexError, OSError) as error:
+        raise UserError(f"{path}: not a readable video ({error}); delete it and run again") from error
+
+
+def frame_times(path: str | Path) -> np.ndarray:
+    """When each frame is shown, float64 seconds (T,), in the order of `read_video`. Raises `UserError` as it does."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            shown = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
+            return np.sort(np.array(shown, np.float64)) * float(stream.time_base)
+    except (av.FFmpegError, IndexError, TypeError, OSError) as error:
         raise UserError(f"{path}: not a readable video ({error}); delete it and run again") from error
 
 

@@ -1,11 +1,13 @@
 """The episode store: `<root>/<index:09d>.mp4` + `.npz` per episode; `episodes.parquet` with their SHA-256 comes last.
 
-Frames are lossless and addressed by index, never by seconds. Arrays of an episode of F frames (float32):
+Frames are addressed by index, never by seconds; the lab's are lossless, converted ones H.264 with a keyframe every few
+frames. Arrays of an episode of F frames (float32):
 
     actions (F-1, 7)    commanded metric action; `actions[t]` leads from frame t to frame t+1
     reached (F-1, 7)    what the robot really did, in the same layout
     expert  (F, K, 7)   what the expert would do at every frame, for each of the lab's K tasks
     state   (F, S)      physical state, see `tabletop/scene.py`
+    robot_state (F, R)  what a converted data set records about its robot, as it is
 
 WorldGym's folders (mp4 + npz with `arr_0`, no parquet) are readable as they are: their only array is `actions` (F, 10), in
 world-model units, of which the last one leads nowhere.
@@ -35,6 +37,8 @@ TABLE = "episodes.parquet"
 JOURNAL = "journal.jsonl"  # of the recorder; without a table beside it, the recording is not finished
 COLUMNS = ("index", "frames", "instruction", "task", "behaviour", "control_hz", "embodiment", "action_semantics",
            "source", "seed", "success", "sha256_video", "sha256_arrays")  # fmt: skip
+PROVENANCE = ("instructions", "file", "record")  # besides, of converted episodes: all texts, and where it came from
+KEYFRAMES = 8  # of converted videos: at most so many frames are decoded to read one
 ARRAYS = ("actions", "reached", "expert", "state")
 
 
@@ -56,18 +60,21 @@ def episode_paths(root: str | Path, index: int) -> tuple[Path, Path]:
     return stem.with_suffix(".mp4"), stem.with_suffix(".npz")
 
 
-def write_episode(root: str | Path, index: int, frames: np.ndarray, arrays: dict[str, np.ndarray], fps: float) -> dict:
+def write_episode(
+    root: str | Path, index: int, frames: np.ndarray, arrays: dict[str, np.ndarray], fps: float, lossless: bool = True
+) -> dict:
     """Write one episode; returns `{"sha256_video", "sha256_arrays"}`. The same content gives the same bytes."""
     video, data = episode_paths(root, index)
-    write_video(video, frames, fps)
+    write_video(video, frames, fps, lossless, 0 if lossless else KEYFRAMES)
     with atomic_path(data) as temporary, open(temporary, "wb") as handle:
         np.savez(handle, **{name: np.asarray(values, np.float32) for name, values in arrays.items()})
     return {"sha256_video": sha256_file(video), "sha256_arrays": sha256_file(data)}
 
 
 def write_table(path: str | Path, rows: list[dict]) -> None:
-    """Write `episodes.parquet`, which makes the store complete. Rows hold `COLUMNS`."""
-    table = pd.DataFrame(rows, columns=list(COLUMNS)).sort_values("index", ignore_index=True)
+    """Write `episodes.parquet`, which makes the store complete. Rows hold `COLUMNS`, of converted episodes `PROVENANCE`."""
+    columns = [*COLUMNS, *(name for name in PROVENANCE if rows and name in rows[0])]
+    table = pd.DataFrame(rows, columns=columns).sort_values("index", ignore_index=True)
     with atomic_path(path) as temporary:
         table.to_parquet(temporary, index=False)
 

@@ -104,7 +104,8 @@ class ClipSource:
             if self._first_frame:
                 first[here] = data.latents.read(mine, np.zeros((len(mine), 1), np.int64), turned)[:, 0]
             beside = self._actions[number][self._offsets[number][mine][:, None] + frames[here]]
-            beside[turned] = embodiments.mirror_actions(beside[turned], data.embodiment)
+            if turned.any():
+                beside[turned] = embodiments.mirror_actions(beside[turned], data.embodiment)
             actions[here] = beside
         return self._standardise(latents), self._standardise(first) if self._first_frame else None, self.tensor(actions)
 

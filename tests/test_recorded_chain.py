@@ -1,0 +1,131 @@
+"""Registered data sets in the chain: named in the configuration, they are fetched, converted and trained on."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import yaml
+
+from tests.chain import MINI, errors, run
+from tests.loopback import serving
+from tests.test_convert import make_source
+from tests.test_datasets import REGISTRY
+from workflow_src.common.errors import UserError
+from workflow_src.episodes.registry import entry_dict
+from workflow_src.episodes.store import EpisodeStore
+from workflow_src.workflow import checked
+
+
+def configured(data, recorded=None, **lab) -> dict:
+    mapping = yaml.safe_load(MINI.read_text())
+    mapping["lab"] |= lab
+    mapping["world_model"] |= {"data": data, "mirror": False, "own_frames": {"share": 0.0}}
+    mapping["world_model"]["training"]["steps"] = 1
+    mapping["episodes"]["recorded"] = {"groups": 2} | (recorded or {})
+    return mapping
+
+
+def write(tmp_path, mapping):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(mapping))
+    return path
+
+
+def test_a_registered_name_is_enough(tmp_path):
+    """A dry run of the paper's mixture, without a path: every set is fetched, converted in groups and encoded."""
+    config = write(tmp_path, configured("rt_1,bridge_v2,libero_10"))
+    done = run(tmp_path / "run", "-n", "results/world_model/model.safetensors", config=config)
+    jobs = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout, re.M))
+    assert jobs["download_dataset"] == "3" and jobs["convert_dataset"] == "6"
+    # Training splits of all three, and the primary one's own validation split.
+    assert jobs["merge_dataset"] == jobs["cache_latents"] == "4"
+    assert "results/episodes/rt_1/validation/episodes.parquet" in done.stdout
+    done = run(tmp_path / "run", "-n", "recorded_data", config=config)
+    assert dict(re.findall(r"^(\w+) +(\d+)$", done.stdout, re.M))["merge_dataset"] == "6"
+    for path in ("rt_1/validation", "bridge_v2/val", "libero_10/validation"):
+        assert f"results/episodes/{path}/episodes.parquet" in done.stdout
+
+
+def test_a_copy_is_converted_and_trained_on(tmp_path):
+    copy = make_source(tmp_path / "copy")
+    config = write(tmp_path, configured("viola", {"copies": {"viola": str(copy)}, "groups": 1}))
+    folder = tmp_path / "run"
+    done = run(folder, "results/world_model/model.safetensors", config=config)
+    assert "download_dataset" not in done.stdout + done.stderr
+    assert len(EpisodeStore(folder / "results" / "episodes" / "viola" / "train")) == 6
+    assert (folder / "results" / "world_model" / "model.safetensors").is_file()
+    again = run(folder, "-n", "results/world_model/model.safetensors", config=config)
+    assert "Nothing to be done" in again.stdout + again.stderr
+
+
+def test_a_set_of_ones_own_is_fetched_and_converted(tmp_path):
+    source = make_source(tmp_path / "source")
+    pages = {f"/sets/mine/{path.name}": path.read_bytes() for path in source.iterdir()}
+    with serving(pages) as server:
+        entry = entry_dict(REGISTRY["viola"]) | {"address": server.url.replace("/file.bin", "/sets/mine")}
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"mine": entry}))
+        config = write(tmp_path, configured("mine", {"registry": str(tmp_path / "mine.yaml")}))
+        page = "results/figures/episodes/mine/validation/contact_sheet.png"
+        run(tmp_path / "run", "recorded_data", page, config=config)
+    assert (tmp_path / "run" / page).with_name("alignment.csv").is_file()
+    stores = tmp_path / "run" / "results" / "episodes" / "mine"
+    assert (len(EpisodeStore(stores / "train")), len(EpisodeStore(stores / "test"))) == (6, 2)
+    assert json.loads((stores / "train" / "provenance.json").read_text())["dataset"] == "mine"
+
+
+def test_a_store_that_is_there_is_not_made_again(tmp_path):
+    (tmp_path / "viola" / "train").mkdir(parents=True)
+    (tmp_path / "viola" / "test").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "viola" / split / "episodes.parquet").write_bytes(b"")
+    mapping = configured("viola")
+    mapping["episodes"]["stores"] = {"viola": str(tmp_path / "viola")}
+    flow = checked(mapping)
+    assert flow.recorded == {} and flow.store("viola", "validation") == str(tmp_path / "viola/test/episodes.parquet")
+
+
+@pytest.mark.parametrize(
+    ("data", "recorded", "message"),
+    [
+        ("violin", {}, r"world_model.data: 'violin' is unknown; did you mean 'viola'\?"),
+        (
+            "viola",
+            {"copies": {"viola": "/nowhere"}},
+            r"episodes.recorded.copies.viola: /nowhere: holds neither dataset_info",
+        ),
+        ("viola", {"copies": {"violin": "/"}}, r"episodes.recorded.copies: 'violin' is unknown"),
+        ("viola", {"groups": 0}, r"episodes.recorded.groups: 0 is impossible"),
+        ("viola", {"max_rejected": 1}, r"episodes.recorded.max_rejected: 1.0 is not a fraction"),
+        ("viola", {"registry": "/none.yaml"}, r"/none.yaml: no such file of data sets"),
+    ],
+)
+def test_mistakes_are_named_before_any_job(data, recorded, message):
+    with pytest.raises(UserError, match=message):
+        checked(configured(data, recorded))
+
+
+def test_only_robots_whose_axes_are_known_are_mirrored():
+    mapping = configured("bridge_v2,viola")
+    mapping["world_model"]["mirror"] = True
+    with pytest.raises(UserError, match=r"world_model.mirror: how the robot of viola would move mirrored is not known"):
+        checked(mapping)
+    mapping["world_model"]["data"] = "bridge_v2"
+    assert list(checked(mapping).recorded) == ["bridge_v2"]
+
+
+def test_without_network_the_run_says_what_to_do(tmp_path):
+    entry = entry_dict(REGISTRY["viola"]) | {"address": "http://127.0.0.1:9/x"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"mine": entry}))
+    config = write(tmp_path, configured("mine", {"registry": str(tmp_path / "mine.yaml")}))
+    with serving({}) as server:  # a server without the set answers at once, a closed port after many tries
+        entry["address"] = server.url.replace("/file.bin", "/sets/mine")
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"mine": entry}))
+        done = run(tmp_path / "run", "recorded_data", "--retries", "0", config=config, check=False)
+    assert done.returncode
+    (message, *_) = errors(done)
+    assert (
+        "mine (11.2 GB) cannot be fetched from http://127.0.0.1" in message
+        and "episodes.recorded.copies.mine" in message
+    )
