@@ -37,6 +37,8 @@ class Embodiment:
     lateral_axis: int  # 0 or 1: the axis (x or y) that points sideways in the image, for mirroring
     base: bool  # whether the base channels mean anything
     source: str
+    translation_unit: float = 1.0  # metres that a recorded 1 stands for
+    rotation_unit: float = 1.0  # radians
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ EMBODIMENTS = {
         name="libero", control_hz=20.0, max_translation=0.05, max_rotation=0.5, binary_gripper=True, gripper="absolute",
         lateral_axis=1, base=False,
         source="LIBERO on robosuite's OSC_POSE controller, whose full deflection is 0.05 m and 0.5 rad a step",
+        translation_unit=0.05, rotation_unit=0.5,
     ),
     "droid": Embodiment(
         name="droid", control_hz=15.0, max_translation=0.05, max_rotation=0.25, binary_gripper=False, gripper="absolute",
@@ -175,6 +178,16 @@ def from_world_model(
     if robot.base:
         result[..., METRIC_DIM:] = base
     return result
+
+
+def from_recorded(actions: np.ndarray, embodiment: str) -> np.ndarray:
+    """Actions `(..., 7)` in the units of the embodiment's data sets, as policies trained on them say them, to metric ones.
+
+    float32; the gripper already is an opening.
+    """
+    robot = get(embodiment)
+    units = np.float32([robot.translation_unit] * 3 + [robot.rotation_unit] * 3 + [1.0])
+    return np.asarray(actions, np.float32) * units
 
 
 def follow_gripper(closing: np.ndarray, before: np.ndarray | float = 1.0) -> np.ndarray:
