@@ -37,10 +37,11 @@ rule serve_policy:
     log:
         f"{results}/logs/serve_policy/{{policy}}/{{shard}}.log",
     conda:
-        lambda wildcards: f"../envs/{flow.config.policies[wildcards.policy].env}.yaml"
+        lambda wildcards: flow.environment(wildcards.policy)
     threads: 0
     params:
         networks=f"{results}/policies",
+        python=lambda wildcards: flow.interpreter(wildcards.policy),
     shell:
-        "exec python -m workflow_src.policies.serve --config {input.config} --policy {wildcards.policy}"
+        "exec {params.python} -m workflow_src.policies.serve --config {input.config} --policy {wildcards.policy}"
         " --networks {params.networks} --endpoint-file {output} --log {log} --threads 1"

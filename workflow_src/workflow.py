@@ -82,6 +82,16 @@ class Workflow:
         """Whether the workflow starts this policy's server itself."""
         return not self.config.policies[policy].endpoint
 
+    def environment(self, policy: str) -> str | None:
+        """Conda environment of a policy's server: a file beside the rules; None where an interpreter is configured."""
+        env = self.config.policies[policy].env
+        return None if "/" in env else f"../envs/{env}.yaml"
+
+    def interpreter(self, policy: str) -> str:
+        """What runs a policy's server: the environment's Python, or the configured one."""
+        env = self.config.policies[policy].env
+        return shlex.quote(str(Path(env).expanduser())) if "/" in env else "python"
+
     def network_files(self, policy: str) -> list[str]:
         """The trained files that a policy's server loads."""
         network = self.config.policies[policy].network
@@ -233,7 +243,10 @@ def _check_policies(config: Config) -> None:
             _check_endpoint(path, policy)
             continue
         check_name(f"{path}.adapter", policy.adapter, ADAPTERS)
-        check_name(f"{path}.env", policy.env, [file.stem for file in (ROOT / "envs").glob("*.yaml")])
+        if "/" not in policy.env:
+            check_name(f"{path}.env", policy.env, [file.stem for file in (ROOT / "envs").glob("*.yaml")])
+        elif not os.access(Path(policy.env).expanduser(), os.X_OK):
+            raise UserError(f"{path}.env: {policy.env!r} is no Python interpreter here; see envs/build.py")
         if policy.network:
             check_name(f"{path}.network", policy.network, config.behaviour_cloning)
             snapshots = config.behaviour_cloning[policy.network].snapshots

@@ -220,7 +220,7 @@ class Policy:
     offline: bool = False  # load from disk alone
     execution: Literal["", "first", "all", "ensemble"] = ""  # what is done of a chunk of actions; empty: as published
     files: dict[str, str] = field(default_factory=dict)  # further files of an adapter: name → path
-    env: str = "tabletop"  # conda environment: envs/<env>.yaml
+    env: str = "tabletop"  # conda environment envs/<env>.yaml, or path of a Python interpreter
     endpoint: str = ""  # ws://host:port of a server that is already running, instead of adapter and env
     revision: str = ""  # what that server serves, required with `endpoint`; of a checkpoint: see above
     token_env: str = ""  # environment variable that holds its token
