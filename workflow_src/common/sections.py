@@ -27,8 +27,9 @@ class Lab:
     """The place where truth comes from: any Gymnasium vector environment of DESIGN's API (default: the MuJoCo tabletop)."""
 
     env_id: str = "workflow_src.tabletop.env:Tabletop-v0"
-    scene: Literal["one_block", "two_blocks"] = "one_block"
-    tasks: tuple[str, ...] = ("put_on_plate", "lift", "push_left")
+    # `none`: the robot is not at hand. Trials come from `trials.root`, and truth, if at all, from `reality`.
+    scene: Literal["one_block", "two_blocks", "none"] = "one_block"
+    tasks: tuple[str, ...] = ("put_on_plate", "lift", "push_left")  # without a lab, empty: the folders of `trials.root`
     image_size: int = 48  # pixels, square
     supersample: int = 2  # rays per pixel side
     horizon: int = 18  # environment steps of every episode and rollout

@@ -292,6 +292,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--embodiment", help="robot whose actions it speaks (default: the configuration's)")
     parser.add_argument("--image-size", type=int, help="pixels of the noise (default: the configuration's)")
     parser.add_argument("--token-env", default="", help="environment variable that holds the server's token")
+    parser.add_argument("--allow-plaintext", action="store_true", help="permit ws:// to another machine")
     parser.add_argument("--deadline", type=float, default=900, help="seconds the server may take to load")
     parser.add_argument("--log", type=Path, help="output of the server")
     parser.add_argument("--out", type=Path, help="table to write, CSV")
@@ -325,7 +326,10 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         endpoint = options.endpoint or stack.enter_context(served(options))
         token = os.environ.get(options.token_env) if options.token_env else None
-        client = stack.enter_context(connect(endpoint, options.deadline, token, policy=options.policy))
+        plain = options.allow_plaintext
+        client = stack.enter_context(
+            connect(endpoint, options.deadline, token, policy=options.policy, allow_plaintext=plain)
+        )
         findings = []
         for finding in examine(Patient(client, robot, frames, prompts)):
             findings.append(finding)
