@@ -24,7 +24,12 @@ class RandomWalk:
         self._options = options
         revision = digest({"adapter": "tabletop_random", "revision": REVISION, "options": options})
         self.metadata = Metadata(
-            control_rate=control_rate, chunk=1, batched=True, batch=batch, revision=revision, extra={"blind": True}
+            control_rate=control_rate,
+            chunk=1,
+            batched=True,
+            batch=batch,
+            revision=revision,
+            extra={"blind": True, "sampling": True},
         )
 
     def act(self, observation: Observation) -> dict[str, np.ndarray]:
