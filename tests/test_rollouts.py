@@ -362,6 +362,15 @@ def test_trials_no_lab_can_start_are_rehearsed_only(job, tmp_path, monkeypatch):
     assert set(by_name(tmp_path / "lab").trial_id) == {"lift/0000"} and len(by_name(tmp_path / "wm")) == 4
 
 
+def test_without_a_lab_everything_is_rehearsed_only(job, tmp_path, monkeypatch):
+    content = json.loads((tmp_path / "stage.json").read_text())
+    content["lab"] |= {"scene": "none", "embodiment": "widowx", "tasks": []}
+    (tmp_path / "stage.json").write_text(json.dumps(content))
+    monkeypatch.setattr(running, "make_lab", lambda lab, num_envs: pytest.fail("there is no lab"))
+    running.run(load_stage(tmp_path / "stage.json"), job[1], FakePolicy())
+    assert len(pd.read_parquet(job[1].lab_out)) == 0 and len(by_name(tmp_path / "wm")) == 4
+
+
 def test_model_digest_follows_weights_and_settings_but_not_provenance(tmp_path):
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
 
