@@ -215,6 +215,22 @@ def test_who_says_that_it_is_blind_may_be():
     assert findings["other_seed"].passed is None  # it does not say whether it samples
 
 
+def test_who_says_that_it_is_deaf_may_be():
+    class OneTask(Deaf):
+        metadata = Metadata(
+            name="p",
+            control_rate=5.0,
+            chunk=2,
+            batched=True,
+            batch=4,
+            revision="r",
+            extra={"deaf": True, "sampling": True},
+        )
+
+    findings = findings_of(OneTask())
+    assert findings["instruction"].passed is None and findings["image"].passed is True
+
+
 def run(*arguments, cwd):
     command = [sys.executable, "-m", "workflow_src.policies.doctor", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)

@@ -116,7 +116,8 @@ def image(patient: Patient) -> tuple[bool | None, str]:
 
 def instruction(patient: Patient) -> tuple[bool | None, str]:
     """Two instructions at one frame lead to different actions."""
-    if patient.client.metadata.extra.get("blind"):
+    said = patient.client.metadata.extra
+    if said.get("blind") or said.get("deaf"):
         return None, "says that it hears nothing"
     different = list(dict.fromkeys(patient.prompts))
     if len(different) < 2:

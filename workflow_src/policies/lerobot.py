@@ -25,6 +25,7 @@ OPTIONS = {
 }  # fmt: skip
 STATE, IMAGES, CAMERA = "observation.state", "observation.images", "VISUAL"
 DETERMINISTIC = ("act",)  # all others draw noise
+DEAF = ("act", "diffusion")  # trained on one task, they take no instruction
 
 
 class LeRobot:
@@ -55,7 +56,7 @@ class LeRobot:
             control_rate=pretrained.embodiments.get(lab.embodiment).control_hz, chunk=chunk, batched=True,
             batch=self._batch, history=config.n_obs_steps, ensemble=ensemble or 0.0,
             execution=policy.execution or ("all" if ensemble is None else "ensemble"),
-            revision=pretrained.revision(policy, where), extra={"sampling": self._sampling},
+            revision=pretrained.revision(policy, where), extra={"sampling": self._sampling, "deaf": config.type in DEAF},
         )  # fmt: skip
 
     def act(self, observation: Observation) -> dict[str, np.ndarray]:
