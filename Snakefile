@@ -5,6 +5,7 @@
 #
 # This file is the table of contents; each stage's rules, inputs and outputs are described in rules/<stage>.smk.
 import sys
+from pathlib import Path
 
 from snakemake.utils import min_version
 
@@ -12,10 +13,12 @@ min_version("9.20")
 
 sys.path.insert(0, workflow.basedir)
 from workflow_src.workflow import (
+    CORRUPTIONS,
     WORLDS,
     any_of,
     limit_servers,
     open_workflow,
+    require_keys,
     shell_prefix,
 )
 
@@ -27,12 +30,18 @@ if not workflow.overwrite_configfiles:
 
 flow = open_workflow(config)
 results = flow.results
+PUBLISHED = sorted(file.stem for file in Path(workflow.basedir, "config", "published").glob("*.csv"))
 ROLLOUTS = "{results}/rollouts/{world}/{policy}/shard_{shard}/rollouts.parquet"
 shell.prefix(shell_prefix(workflow.deployment_settings.deployment_method))
 limit_servers(workflow)
 
 
 report: "config/report/workflow.rst"
+
+
+# A key that is missing after hours of work would be found out too late.
+onstart:
+    require_keys(flow, workflow.dag.needrun_jobs())
 
 
 wildcard_constraints:
@@ -42,12 +51,14 @@ wildcard_constraints:
     policy=any_of(flow.config.policies) or "none",
     world=any_of(WORLDS),
     shard=r"\d+",
+    published=any_of(PUBLISHED),
 
 
 # The default target stands first.
 rule all:
     input:
         f"{results}/tables/policy_ranking.csv",
+        f"{results}/tables/calibration.csv",
         f"{results}/figures/policy_ranking.png",
         f"{results}/gallery/index.html",
         f"{results}/notebooks/policy_ranking.html",

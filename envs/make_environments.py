@@ -33,8 +33,8 @@ ENVIRONMENTS = {
     "base": Environment(
         "Everything but the policies: simulator, training, judging, analysis.",
         ("av", "diffusers", "einops", "gymnasium", "imageio", "ipykernel", "msgpack", "mujoco", "nbconvert", "numpy",
-         "pandas", "papermill", "pillow", "pyarrow", "PyYAML", "requests", "safetensors", "scipy", "seaborn", "tensorboard",
-         "torch", "websockets"),
+         "openai", "pandas", "papermill", "pillow", "pyarrow", "PyYAML", "requests", "safetensors", "scipy", "seaborn",
+         "tensorboard", "torch", "websockets"),
     ),
     "tabletop": Environment(
         "The tabletop's own policies: behaviour cloning, scripted, random.",

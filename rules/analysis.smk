@@ -1,18 +1,35 @@
 """
-Tables, figures, contact sheets, gallery.
+Tables, figures, contact sheets, gallery; on request failure optimism, and the same report on published numbers.
 
-needs   rollouts and judgements of every policy in both worlds
-makes   results/tables/*.csv, results/figures/*.{png,svg,gif}, results/gallery/index.html
+needs   rollouts and judgements of every policy in both worlds; for published numbers a CSV and nothing else
+makes   results/tables/*.csv, results/figures/*.{png,svg,gif}, results/gallery/index.html;
+        on request results/tables/failure_optimism.csv (a minute: replays of corrupted actions under results/corrupted/),
+        results/published/<name>/*.{csv,png,svg,html} (`snakemake --cores 1 published`)
 how     cheap, so their sources are inputs: an edit reruns them
 """
+
+DRAWING = ("figures.py", "labels.py", "scatter.py", "statistics.py", "style.py")
+STATISTICS = (
+    "agreement.py",
+    "cells.py",
+    "comparisons.py",
+    "components.py",
+    "correction.py",
+    "posterior.py",
+    "prediction_powered.py",
+    "records.py",
+    "resampling.py",
+    "statistics.py",
+    "tables.py",
+)
 
 
 rule make_tables:
     input:
         config=flow.stage("analysis"),
         rollouts=flow.per_rollout(ROLLOUTS),
-        judgements=f"{results}/judgements/judgements.parquet",
-        sources=flow.sources("tables.py", "agreement.py", "statistics.py", "records.py"),
+        judgements=flow.judgements(),
+        sources=flow.sources(*STATISTICS),
     output:
         ranking=report(
             f"{results}/tables/policy_ranking.csv",
@@ -34,6 +51,21 @@ rule make_tables:
             caption="../config/report/judge.rst",
             category="Agreement",
         ),
+        comparisons=report(
+            f"{results}/tables/comparisons.csv",
+            caption="../config/report/comparisons.rst",
+            category="Ranking",
+        ),
+        prediction_powered=report(
+            f"{results}/tables/prediction_powered.csv",
+            caption="../config/report/prediction_powered.rst",
+            category="Agreement",
+        ),
+        variance=report(
+            f"{results}/tables/variance.csv",
+            caption="../config/report/variance.rst",
+            category="Agreement",
+        ),
     log:
         f"{results}/logs/make_tables.log",
     benchmark:
@@ -43,7 +75,8 @@ rule make_tables:
     shell:
         "python -m workflow_src.analysis.tables --config {input.config} --judgements {input.judgements}"
         " --rollouts {input.rollouts} --out-ranking {output.ranking} --out-per-task {output.per_task}"
-        " --out-agreement {output.agreement} --out-judge {output.judge} 2>&1 | tee {log}"
+        " --out-agreement {output.agreement} --out-judge {output.judge} --out-comparisons {output.comparisons}"
+        " --out-prediction-powered {output.prediction_powered} --out-variance {output.variance} 2>&1 | tee {log}"
 
 
 rule draw_figures:
@@ -53,7 +86,7 @@ rule draw_figures:
         per_task=f"{results}/tables/per_task.csv",
         agreement=f"{results}/tables/agreement.csv",
         world_model=f"{results}/world_model/model.safetensors",
-        sources=flow.sources("figures.py", "labels.py"),
+        sources=flow.sources(*DRAWING),
     output:
         ranking=report(
             f"{results}/figures/policy_ranking.png",
@@ -64,6 +97,16 @@ rule draw_figures:
             f"{results}/figures/real_vs_imagined.png",
             caption="../config/report/scatter.rst",
             category="Agreement",
+        ),
+        reliability=report(
+            f"{results}/figures/reliability.png",
+            caption="../config/report/reliability.rst",
+            category="Agreement",
+        ),
+        checkpoints=report(
+            f"{results}/figures/checkpoints.png",
+            caption="../config/report/checkpoints.rst",
+            category="Ranking",
         ),
         per_task=report(
             f"{results}/figures/per_task.png",
@@ -95,7 +138,7 @@ rule show_rollouts:
     input:
         config=flow.stage("analysis"),
         rollouts=flow.per_rollout(ROLLOUTS),
-        judgements=f"{results}/judgements/judgements.parquet",
+        judgements=flow.judgements(),
         sources=flow.sources("gallery.py", "gallery.html", "contact_sheet.py", "pairs.py", "records.py"),
     output:
         gallery=report(
@@ -121,3 +164,126 @@ rule show_rollouts:
         " --judgements {input.judgements} --out-dir {params.folder}"
         " && python -m workflow_src.analysis.gallery --config {input.config} --rollouts {input.rollouts}"
         " --judgements {input.judgements} --out {output.gallery}) 2>&1 | tee {log}"
+
+
+rule replay_corrupted:
+    input:
+        config=flow.stage("corruptions"),
+        trials=f"{results}/trials/trials.json",
+        rollouts=flow.per_rollout(ROLLOUTS, ["lab"]),
+        world_model=f"{results}/world_model/model.safetensors",
+    output:
+        expand(f"{results}/corrupted/{{world}}/{{corruption}}/rollouts.parquet", world=WORLDS, corruption=CORRUPTIONS),
+    log:
+        f"{results}/logs/replay_corrupted.log",
+    benchmark:
+        f"{results}/benchmarks/replay_corrupted.jsonl"
+    conda:
+        "../envs/base.yaml"
+    threads: 2
+    params:
+        folder=f"{results}/corrupted",
+    shell:
+        "python -m workflow_src.rollouts.corruptions --config {input.config} --trials {input.trials}"
+        " --rollouts {input.rollouts} --world-model {input.world_model} --out {params.folder} 2>&1 | tee {log}"
+
+
+rule judge_corrupted:
+    input:
+        config=flow.stage("judges"),
+        judge=f"{results}/judge/model.safetensors",
+        rollouts=rules.replay_corrupted.output,
+    output:
+        f"{results}/corrupted/judgements.parquet",
+    log:
+        f"{results}/logs/judge_corrupted.log",
+    benchmark:
+        f"{results}/benchmarks/judge_corrupted.jsonl"
+    conda:
+        "../envs/base.yaml"
+    threads: 1
+    shell:
+        "python -m workflow_src.judges.score --config {input.config} --judge {input.judge}"
+        " --rollouts {input.rollouts} --out {output} 2>&1 | tee {log}"
+
+
+rule show_optimism:
+    input:
+        config=flow.stage("analysis"),
+        rollouts=rules.replay_corrupted.output,
+        judgements=rules.judge_corrupted.output,
+        sources=flow.sources("optimism.py", "contact_sheet.py", "pairs.py", "records.py", "statistics.py", "style.py"),
+    output:
+        table=report(
+            f"{results}/tables/failure_optimism.csv",
+            caption="../config/report/failure_optimism.rst",
+            category="World model",
+        ),
+        figure=report(
+            f"{results}/figures/failure_optimism.png",
+            caption="../config/report/failure_optimism.rst",
+            category="World model",
+        ),
+        examples=report(
+            f"{results}/figures/failure_examples.png",
+            caption="../config/report/failure_examples.rst",
+            category="World model",
+        ),
+    log:
+        f"{results}/logs/show_optimism.log",
+    benchmark:
+        f"{results}/benchmarks/show_optimism.jsonl"
+    conda:
+        "../envs/base.yaml"
+    params:
+        folder=f"{results}/figures",
+    shell:
+        "python -m workflow_src.analysis.optimism --config {input.config} --rollouts {input.rollouts}"
+        " --judgements {input.judgements} --out {output.table} --out-dir {params.folder} 2>&1 | tee {log}"
+
+
+rule report_published:
+    input:
+        pairs=f"{workflow.basedir}/config/published/{{published}}.csv",
+        sources=flow.sources(*STATISTICS, *DRAWING, "report.py"),
+    output:
+        ranking=f"{results}/published/{{published}}/policy_ranking.csv",
+        per_task=f"{results}/published/{{published}}/per_task.csv",
+        agreement=f"{results}/published/{{published}}/agreement.csv",
+        comparisons=f"{results}/published/{{published}}/comparisons.csv",
+        scatter=f"{results}/published/{{published}}/real_vs_imagined.png",
+    log:
+        f"{results}/logs/report_published/{{published}}.log",
+    conda:
+        "../envs/base.yaml"
+    params:
+        folder=f"{results}/published/{{published}}",
+    shell:
+        "python -m workflow_src.analysis.agreement --pairs {input.pairs} --out {params.folder} 2>&1 | tee {log}"
+
+
+rule draw_experiments:
+    input:
+        versions=f"{workflow.basedir}/config/published/experiments/versions.csv",
+        shifts=f"{workflow.basedir}/config/published/experiments/out_of_distribution.csv",
+        sources=flow.sources("experiments.py", "statistics.py", "style.py"),
+    output:
+        versions=report(
+            f"{results}/published/experiments/versions.png",
+            caption="../config/report/versions.rst",
+            category="Published numbers",
+        ),
+        shifts=report(
+            f"{results}/published/experiments/out_of_distribution.png",
+            caption="../config/report/out_of_distribution.rst",
+            category="Published numbers",
+        ),
+    log:
+        f"{results}/logs/draw_experiments.log",
+    conda:
+        "../envs/base.yaml"
+    params:
+        folder=f"{results}/published/experiments",
+    shell:
+        "python -m workflow_src.analysis.experiments --versions {input.versions} --shifts {input.shifts}"
+        " --out-dir {params.folder} 2>&1 | tee {log}"

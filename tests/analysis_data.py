@@ -29,7 +29,7 @@ def stage_file(folder: Path, reality: str = "", policies: dict | None = None, se
         seed=seed,
         lab=Lab(tasks=TASKS),
         policies=policies or POLICIES,
-        analysis=Analysis(resamples=200),
+        analysis=Analysis(resamples=200, real_trials=4),
         reality=reality,
     )
     names = ("lab", "policies", "behaviour_cloning", "judges", "trials", "analysis", "reality")

@@ -1,4 +1,4 @@
-"""The agreement statistics against worked values from published numbers (WorldGym, SIMPLER, WM-PolicyEval)."""
+"""The agreement statistics against plain definitions and scipy; worked values of publications: test_published_numbers.py."""
 
 from __future__ import annotations
 
@@ -11,133 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from scipy import stats
 
-from workflow_src.analysis import agreement
+from workflow_src.analysis import agreement, resampling
 from workflow_src.analysis import statistics as st
 from workflow_src.analysis.records import Outcomes
-
-# WorldGym (arXiv 2506.00613 v3): successes out of 10 per task, (real, world model), RT-1-X, Octo-Base, OpenVLA.
-WORLDGYM = np.array([
-    [(1, 1), (5, 1), (10, 7)], [(0, 0), (1, 2), (10, 6)], [(1, 3), (1, 3), (7, 9)], [(1, 0.5), (3.5, 3.5), (7.5, 8)],
-    [(1, 3), (4, 6), (9, 9.5)], [(3, 2), (0.5, 1.5), (7.5, 7.5)], [(2, 0.5), (1, 3), (4.5, 6)],
-    [(1, 0), (0, 1), (8, 4)],
-    [(2, 3), (6, 1), (8, 5)], [(0, 1), (0, 0), (7, 4)], [(1, 2), (0, 3), (5, 5)], [(3, 1), (0, 1), (1, 6)],
-    [(6, 5), (0, 2), (4, 4)], [(0.5, 0), (0, 0), (4.5, 6)], [(2.5, 0.5), (4, 5), (7.5, 9)],
-    [(1.5, 2.5), (2.5, 2.5), (10, 10)], [(5, 1.5), (5.5, 5), (9.5, 8.5)],
-]).transpose(2, 1, 0) / 10  # fmt: skip
-REAL, IMAGINED = WORLDGYM  # (3 policies, 17 tasks) each
-
-# SIMPLER's REAL_PERF and SIMPLER_PERF: (real, simulated) per task, policies as in its tables.
-SIMPLER = {
-    "pick_coke_can": ([0.907, 0.853, 0.920, 0.760, 0.133, 0.293], [0.787, 0.857, 0.710, 0.567, 0.027, 0.170]),
-    "move_near": ([0.733, 0.633, 0.583, 0.450, 0.017, 0.350], [0.779, 0.442, 0.354, 0.317, 0.050, 0.042]),
-    "open_drawer": ([0.333, 0.815, 0.704, 0.519, 0.000, 0.148], [0.157, 0.601, 0.463, 0.296, 0.000, 0.009]),
-    "close_drawer": ([0.630, 0.926, 0.889, 0.741, 0.000, 0.519], [0.343, 0.861, 0.667, 0.891, 0.278, 0.444]),
-    "place_apple": ([0.074, 0.185, 0.185, 0.407, 0.000, 0.000], [0.037, 0.065, 0.130, 0.213, 0.000, 0.000]),
-    "spoon_on_towel": ([0.000, 0.333, 0.417], [0.000, 0.125, 0.472]),
-    "carrot_on_plate": ([0.000, 0.250, 0.083], [0.042, 0.083, 0.097]),
-    "stack_cube": ([0.000, 0.000, 0.125], [0.000, 0.000, 0.042]),
-    "put_eggplant_in_basket": ([0.000, 0.250, 0.400], [0.000, 0.431, 0.569]),
-}
-GOOGLE, WIDOWX = list(SIMPLER)[:5], list(SIMPLER)[5:]
-
-# WM-PolicyEval (arXiv 2511.11520 v3): 3 policies x 4 tasks.
-POLICYEVAL_REAL = np.array([0.10, 0.30, 0.15, 0.20, 0.15, 0.35, 0.10, 0.30, 0.30, 0.50, 0.50, 0.70])
-POLICYEVAL = {
-    "cosmos": ([0, 0.10, 0.20, 0.30, 0.10, 0.25, 0.20, 0.25, 0, 0.20, 0.40, 0.60],
-               {"pearson": 0.719328, "spearman": 0.580645, "mmrv": 0.1625, "mmrv_sign": 0.154167, "mae": 0.1292}),
-    "irasim": ([0, 0.05, 0, 0.30, 0.10, 0.10, 0.30, 0.30, 0.05, 0.15, 0.35, 0.20],
-               {"pearson": 0.277248, "spearman": 0.349462, "mmrv": 0.295833, "mmrv_sign": 0.295833, "mae": 0.1958}),
-}  # fmt: skip
-
-
-def simpler(task: str) -> tuple[np.ndarray, np.ndarray]:
-    real, simulated = SIMPLER[task]
-    return np.array(simulated), np.array(real)
-
-
-# ---- published values -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("task", "mmrv", "swapped", "pearson"), [
-    ("pick_coke_can", 0.0313, 0.0618, 0.9754), ("close_drawer", 0.1233, 0.1133, 0.7712),
-    ("spoon_on_towel", 0.0, 0.0, 0.8269), ("carrot_on_plate", 0.1113, 0.0093, 0.5714),
-    ("put_eggplant_in_basket", 0.0, 0.0, 0.9894),
-])  # fmt: skip
-def test_simpler_per_task(task, mmrv, swapped, pearson):
-    imagined, real = simpler(task)
-    assert st.mmrv(imagined, real) == pytest.approx(mmrv, abs=6e-5)
-    assert st.mmrv(real, imagined) == pytest.approx(swapped, abs=6e-5)
-    assert st.pearson(imagined, real) == pytest.approx(pearson, abs=6e-5)
-
-
-@pytest.mark.parametrize(("tasks", "mmrv", "means", "pooled_mmrv", "pooled_pearson"), [
-    (GOOGLE, 0.0531, 0.9736271622403364, 0.1559, 0.9158), (WIDOWX, 0.0278, 0.9498357332381226, 0.0549, 0.8368)
-])  # fmt: skip
-def test_simpler_suites(tasks, mmrv, means, pooled_mmrv, pooled_pearson):
-    imagined, real = (np.stack([simpler(task)[side] for task in tasks], 1) for side in (0, 1))
-    assert np.mean([st.mmrv(*simpler(task)) for task in tasks]) == pytest.approx(mmrv, abs=6e-5)
-    assert st.mmrv(imagined.mean(1), real.mean(1)) == 0
-    assert st.pearson(imagined.mean(1), real.mean(1)) == pytest.approx(means, abs=1e-7)
-    assert st.mmrv(imagined.ravel(), real.ravel()) == pytest.approx(pooled_mmrv, abs=6e-5)
-    assert st.pearson(imagined.ravel(), real.ravel()) == pytest.approx(pooled_pearson, abs=6e-5)
-
-
-def test_simpler_drawer_is_the_mean_of_opening_and_closing():
-    imagined, real = (np.mean([simpler(task)[side] for task in ("open_drawer", "close_drawer")], 0) for side in (0, 1))
-    assert st.mmrv(imagined, real) == pytest.approx(0.0555, abs=6e-5)
-    assert st.pearson(imagined, real) == pytest.approx(0.9159, abs=6e-5)
-
-
-def test_worldgym_pooled_cells():
-    imagined, real = IMAGINED.ravel(), REAL.ravel()
-    assert st.pearson(imagined, real) == pytest.approx(0.7847863229, abs=1e-9)
-    assert st.spearman(imagined, real) == pytest.approx(0.740, abs=5e-4)
-    assert st.kendall(imagined, real) == pytest.approx(0.580, abs=5e-4)
-    assert st.mmrv(imagined, real) == pytest.approx(0.361765, abs=5e-7)
-    assert st.mmrv_sign(imagined, real) == pytest.approx(0.35, abs=5e-7)
-    assert [100 * f(imagined, real) for f in (st.mae, st.rmse, st.bias)] == pytest.approx([15.1, 20.1, -0.8], abs=0.05)
-
-
-def test_worldgym_means_and_what_the_pooled_value_hides():
-    assert 100 * REAL.mean(1) == pytest.approx([18.5, 20.0, 70.6], abs=0.05)
-    assert 100 * IMAGINED.mean(1) == pytest.approx([15.6, 23.8, 67.4], abs=0.05)
-    means = IMAGINED.mean(1), REAL.mean(1)
-    assert st.pearson(*means) == pytest.approx(0.99235, abs=5e-6)
-    assert st.permutation_p(*means) == pytest.approx(1 / 6)
-    assert st.mmrv(*means) == 0
-    assert st.pearson(st.within(IMAGINED, -1), st.within(REAL, -1)) == pytest.approx(0.465, abs=5e-4)
-    assert st.pearson(st.within(IMAGINED, -2), st.within(REAL, -2)) == pytest.approx(0.841, abs=5e-4)
-    trivial = [st.pearson(st.trivial_prediction(cells).ravel(), REAL.ravel()) for cells in (REAL, IMAGINED)]
-    assert trivial == pytest.approx([0.758, 0.752], abs=5e-4)
-    assert st.pearson(IMAGINED, REAL) == pytest.approx([0.516, 0.467, 0.442], abs=5e-4)
-    assert st.mmrv(IMAGINED, REAL) == pytest.approx([0.226, 0.324, 0.394], abs=5e-4)
-
-
-def test_worldgym_within_tasks():
-    imagined, real = IMAGINED.T, REAL.T
-    assert st.pearson(imagined, real).mean() == pytest.approx(0.843, abs=5e-4)
-    assert st.mmrv(imagined, real).mean() == pytest.approx(0.0480, abs=5e-5)
-    assert st.mmrv_sign(imagined, real).mean() == pytest.approx(0.0353, abs=5e-5)
-    assert st.best_hit(imagined, real).sum() == 16
-    assert np.flatnonzero(st.regret(imagined, real)).tolist() == [11]
-    assert [int(part.sum()) for part in st.pairs(imagined, real)] == [40, 5, 4]
-
-
-def test_worldgym_ceiling_of_a_perfect_replica():
-    n = np.full(REAL.shape, 10)
-    imagined, real = st.replica_draws(REAL, n, n, 2000, np.random.default_rng(0))
-    r = st.pearson(imagined.reshape(2000, -1), real.reshape(2000, -1))
-    assert [r.mean(), *np.quantile(r, [0.025, 0.975])] == pytest.approx([0.878, 0.809, 0.931], abs=0.006)
-    mae = 100 * st.mae(imagined.reshape(2000, -1), real.reshape(2000, -1))
-    assert [mae.mean(), *np.quantile(mae, [0.025, 0.975])] == pytest.approx([11.6, 8.6, 14.7], abs=0.3)
-
-
-@pytest.mark.parametrize("model", POLICYEVAL)
-def test_policyeval(model):
-    imagined, expected = POLICYEVAL[model]
-    for name, value in expected.items():
-        assert getattr(st, name)(np.array(imagined), POLICYEVAL_REAL) == pytest.approx(value, abs=6e-5), name
-
 
 # ---- properties -----------------------------------------------------------------------------------------------------
 
@@ -227,32 +103,89 @@ def test_bootstrap_draws_are_paired_and_spread_like_sampling_noise():
     tasks = np.repeat([0, 1], 60)
     outcome = (generator.random((2, 120)) < 0.5).astype(float)
     found = Outcomes(outcome, np.ones((2, 120)), tasks)
-    weights = agreement.frame_weights(tasks, 1500, generator)
-    draws = agreement.frame_draws(found, weights)
+    weights = resampling.frame_weights(tasks, 1500, generator)
+    draws = resampling.frame_draws(found, weights)
     assert draws.shape == (1500, 2, 2) and (weights[:, :60].sum(1) == 60).all()
     rate, _ = found.cells()
     assert draws.mean(0) == pytest.approx(rate, abs=0.01)
     assert draws.std(0) == pytest.approx(np.sqrt(rate * (1 - rate) / 60), rel=0.1)
-    same = agreement.frame_draws(Outcomes(outcome, np.ones((2, 120)), tasks), weights)
+    same = resampling.frame_draws(Outcomes(outcome, np.ones((2, 120)), tasks), weights)
     assert (same == draws).all()  # the same frames are drawn for every world and judge
 
 
-def test_report_on_published_cells_says_what_it_means():
-    generator = np.random.default_rng(4)
-    n = np.full(REAL.shape, 10)
-    draws = [agreement.binomial_draws(cells, n, 400, generator) for cells in (IMAGINED, REAL)]
-    paired = agreement.Paired(("rt1x", "octo", "openvla"), tuple(map(str, range(17))), IMAGINED, REAL, n, n, *draws,
-                              agreement.OTHER_FRAMES)  # fmt: skip
-    cells = {row["statistic"]: row for row in agreement.cell_rows(paired, "cells", 0.95, generator)}
-    assert cells["pearson"]["value"] == 0.784786 and cells["pearson"]["n"] == 51
-    assert cells["pearson_trivial_real"]["value"] == pytest.approx(0.758, abs=5e-4)
-    assert "strict XOR" in cells["mmrv"]["convention"] and cells["mmrv"]["pairing"] == agreement.OTHER_FRAMES
-    for row in cells.values():
-        assert not row["low"] > row["value"] and not row["high"] < row["value"] and row["estimand"]
-    two = paired.only(["openvla", "rt1x"])
-    assert two.real[0] == pytest.approx(REAL[2]) and two.real_draws.shape == (400, 2, 17)
-    means = {row["statistic"]: row["value"] for row in agreement.policy_rows(paired, "all", 0.95, generator)}
-    assert means["permutation_p"] == pytest.approx(1 / 6) and means["best_policy_hit"] == 1 and means["regret"] == 0
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def paired(policies: int = 4, tasks: int = 5, n: int = 20, seed: int = 4) -> resampling.Paired:
+    """Rates of policies of rising skill, measured in two worlds that share their true rates."""
+    generator = np.random.default_rng(seed)
+    truth = np.clip(np.linspace(0.1, 0.9, policies)[:, None] + generator.normal(0, 0.1, (policies, tasks)), 0.02, 0.98)
+    imagined, real = generator.binomial(n, truth, (2, policies, tasks)) / n
+    names = [f"p{i}" for i in range(policies)], [f"t{i}" for i in range(tasks)]
+    trials = np.full(truth.shape, float(n))
+    return resampling.from_cells(*names, imagined, real, trials, trials, generator)
+
+
+def rows_of(rows: list[dict]) -> dict[str, dict]:
+    assert len({(row["scope"], row["statistic"]) for row in rows}) == len(rows)
+    return {row["statistic"]: row for row in rows}
+
+
+def test_every_row_says_what_it_is_about():
+    found, generator = paired(), np.random.default_rng(0)
+    rows = agreement.policy_rows(found, "policies", 0.95, generator) + agreement.within_rows(found)
+    rows += agreement.cell_rows(found, "cells", 0.95, generator)
+    assert len({(row["scope"], row["statistic"]) for row in rows}) == len(rows)
+    for row in rows:
+        assert row["pairing"] == resampling.OTHER_FRAMES and row["convention"] and row["interval"]
+        tasks, rates = row["estimand"].split("; ")[1:]
+        assert tasks == (agreement.NEW_TASKS if "new_tasks" in row["statistic"] else agreement.FIXED)
+        assert rates == (agreement.NOISE_FREE if "noise_free" in row["statistic"] else agreement.OBSERVED)
+        if not row["statistic"].endswith("leave_one_task_out"):
+            assert not row["low"] > row["value"] and not row["high"] < row["value"], row
+
+
+def test_fewer_than_eight_tasks_are_not_resampled():
+    few, many = (rows_of(agreement.policy_rows(paired(tasks=k), "all", 0.95, np.random.default_rng(0))) for k in (7, 8))
+    assert math.isnan(few["pearson_new_tasks"]["low"]) and "fewer than 8 tasks" in few["pearson_new_tasks"]["interval"]
+    assert many["pearson_new_tasks"]["low"] <= many["pearson_new_tasks"]["value"] <= many["pearson_new_tasks"]["high"]
+    assert not math.isnan(few["pearson_noise_free_new_tasks"]["low"])  # the model needs no resampling
+
+
+def test_a_row_more_moves_no_other_number():
+    found = paired()
+    with_model = rows_of(agreement.cell_rows(found, "cells", 0.95, np.random.default_rng(3)))
+    without = resampling.Paired(**{**found.__dict__, "truth": None})
+    for name, row in rows_of(agreement.cell_rows(without, "cells", 0.95, np.random.default_rng(3))).items():
+        np.testing.assert_equal(row, with_model[name])
+
+
+def test_rows_of_some_policies_leave_out_the_others():
+    found = paired()
+    two = found.only(["p3", "p0"])
+    assert two.real == pytest.approx(found.real[[3, 0]]) and two.real_draws.shape[1:] == (2, 5)
+    assert two.truth.means.shape[1:] == (2, 2)
+    rows = rows_of(agreement.policy_rows(two, "two", 0.95, np.random.default_rng(0)))
+    assert rows["pearson"]["value"] == pytest.approx(1) and rows["pearson"]["n"] == 2
+    assert rows["permutation_p"]["value"] == 0.5
+
+
+def test_a_perfect_replica_is_not_ruled_out_by_noise():
+    rows = rows_of(agreement.cell_rows(paired(n=10), "cells", 0.95, np.random.default_rng(0)))
+    assert rows["pearson"]["value"] < rows["pearson_noise_free"]["value"] < rows["pearson_noise_free"]["high"] == 1
+    assert rows["mmrv_noise_free"]["low"] == 0
+    assert agreement.reach(0.5, 0.9, 1.0, observed=0.6, replicas=np.full(100, 0.8), confidence=0.95) == (0.5, 0.9)
+    assert agreement.reach(0.1, 0.2, 0.0, observed=0.15, replicas=np.full(100, 0.2), confidence=0.95) == (0.0, 0.2)
+
+
+def test_line_and_subsets_by_hand():
+    imagined, real = np.array([0.3, 0.5, 0.7]), np.array([0.2, 0.6, 1.0])
+    assert st.least_squares(imagined, real) == pytest.approx((0.5, 0.2))
+    assert st.share_within(imagined, real, 0.1) == pytest.approx(2 / 3)
+    cells = np.array([[1.0, 0, 0], [0, 0.4, 0.4]])  # the first policy is best on the first task and on average
+    assert st.best_hit_of_subsets(cells, np.array([[1.0, 1, 1], [0, 0, 0]])).tolist() == [1, 0, 1, 0, 1, 0, 1]
+    low, high = st.leave_one_task_out(lambda i, r: st.mae(i.mean(-1), r.mean(-1)), cells, np.zeros((2, 3)))
+    assert (low, high) == pytest.approx((0.2, 0.35))
 
 
 # ---- single rollouts ------------------------------------------------------------------------------------------------
@@ -265,7 +198,7 @@ def outcomes(successes, counts=None, tasks=None) -> Outcomes:
 
 
 def single(imagined: Outcomes, real: Outcomes, resamples: int = 200) -> dict[str, dict]:
-    weights = agreement.frame_weights(imagined.tasks, resamples, np.random.default_rng(0))
+    weights = resampling.frame_weights(imagined.tasks, resamples, np.random.default_rng(0))
     return {row["statistic"]: row for row in agreement.trial_rows(imagined, real, weights, 0.95)}
 
 

@@ -55,6 +55,22 @@ def test_every_shipped_configuration_is_valid(path):
         ("policies/x", {"endpoint": "ws://127.0.0.1:1"}, r"policies\.x\.revision: is empty"),
         ("policies/x", {"endpoint": "ws://robot:1", "revision": "1"}, r"is unencrypted; use wss:// or set allow_plaintext"),
         ("policies/x", {"endpoint": "robot:1", "revision": "1"}, r"is not a websocket address"),
+        ("judges/primary", "clasifier", r"judges\.primary: 'clasifier' is unknown; did you mean 'classifier'"),
+        ("judges/primary", "human", r"judges\.primary: 'human' is unknown"),
+        ("judges/vlm", {"state": {"model": "m"}}, r"judges\.vlm\.state: is the name of another judge"),
+        ("judges/vlm", {"a b": {"model": "m"}}, r"judges\.vlm\.a b: 'a b' is not usable as a file name"),
+        ("judges/vlm/gpt", {"model": ""}, r"judges\.vlm\.gpt\.model: is empty"),
+        ("judges/vlm/gpt", {"model": "m", "base_url": "host:1"}, r"gpt\.base_url: 'host:1' is not an address"),
+        ("judges/vlm/gpt", {"model": "m", "base_url": "http://h/v1"}, r"base_url: 'http://h/v1' is unencrypted"),
+        ("judges/vlm/gpt", {"model": "m", "base_url": "https://u:sk-1@h/v1"}, r"base_url: holds a name or password; put"),
+        ("judges/vlm/gpt", {"model": "m", "prompt": "x"}, r"gpt\.prompt: 'x' is not among config/prompts: success_1"),
+        ("judges/vlm/gpt", {"model": "m", "votes": 0}, r"gpt\.votes: 0 is impossible; it must be at least 1"),
+        ("judges/vlm/gpt", {"model": "m", "worlds": []}, r"gpt\.worlds: is empty"),
+        ("judges/vlm/gpt", {"model": "m", "spend_limit": 5}, r"gpt\.spend_limit: needs price_input and price_output"),
+        ("judges", {"primary": "gpt", "vlm": {"gpt": {"model": "m", "worlds": ["lab"]}}}, r"gpt\.worlds: lacks world_model"),
+        ("judges/human", {"labels": ["no.csv"]}, r"judges\.human\.labels\[0\]: 'no\.csv' is not a file"),
+        ("judges/human", {"sample": "no.csv"}, r"judges\.human\.sample: 'no\.csv' is not a file"),
+        ("judges/probes", 0, r"judges\.probes: 0 is impossible"),
         ("reality", "nowhere.csv", r"reality: 'nowhere\.csv' is not a file"),
         ("world_model/own_frames/share", 1.5, r"own_frames\.share: 1\.5 is not a fraction"),
         ("world_model/own_frames/every", 0, r"own_frames\.every: 0 is impossible"),
@@ -194,6 +210,25 @@ def test_stage_files_hold_only_what_the_stage_depends_on(tmp_path):
     assert {name for name in before if before[name] != after[name]} == {
         "config/policies/random.json", "config/analysis.json",
     }  # fmt: skip
+
+
+def test_a_judge_reruns_for_nobody_elses_sake(tmp_path):
+    def files(judges):
+        mapping = with_("judges", judges) | {"results": str(tmp_path)}
+        workflow = checked(mapping)
+        workflow.write_stage_files()
+        return workflow, {f.relative_to(tmp_path): f.read_text() for f in Path(tmp_path, "config").rglob("*.json")}
+
+    _, plain = files({})
+    one, first = files({"vlm": {"gpt": {"model": "m"}}, "primary": "gpt"})
+    _, second = files({"vlm": {"gpt": {"model": "m"}, "qwen": {"model": "q"}}, "primary": "qwen"})
+    assert {str(name) for name in first if plain.get(name) != first[name]} == {
+        "config/judges/gpt.json",
+        "config/analysis.json",
+    }
+    changed = {str(name) for name in second if first.get(name) != second[name]}
+    assert changed == {"config/judges/qwen.json", "config/analysis.json"}
+    assert one.judgements() == [f"{tmp_path}/judgements/{name}.parquet" for name in ("learned", "gpt")]
 
 
 def test_speed_knobs_rerun_nothing(tmp_path):

@@ -82,7 +82,8 @@ def loss(net: nn.Module, step: int, samples: np.ndarray) -> dict[str, torch.Tens
 
 
 def train(state: Path, config: Training = CONFIG, **options) -> tuple[Engine, nn.Module]:
-    engine = Engine(model(), options.pop("loss", loss), config, seed=0, state=state, digest="d", label="toy", **options)
+    net, function = options.pop("net", model)(), options.pop("loss", loss)
+    engine = Engine(net, function, config, seed=0, state=state, digest="d", label="toy", **options)
     return engine, engine.run()
 
 
@@ -265,7 +266,7 @@ def test_two_processes_die_with_their_launcher_resume_or_restart_exactly_and_tra
     launcher.wait(10)
     wait_for(lambda: not any(_alive(pid) for pid in workers), 15)
     for name, options in {"killed": {}, "whole": {}, "restarted": {"fatal": 13, "restarts": 1}}.items():
-        assert start(tmp_path, name, 2, **options).wait(60) == 0
+        assert start(tmp_path, name, 2, **options).wait(120) == 0
     assert same_file(tmp_path / "killed.safetensors", tmp_path / "whole.safetensors")
     assert same_file(tmp_path / "restarted.safetensors", tmp_path / "whole.safetensors")
     curve = np.genfromtxt(tmp_path / "whole.csv", delimiter=",", names=True)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.test_engine import CONFIG, Killed, equal, killed_at, launch, loss, model, train, weights
+from tests.test_engine import CONFIG, Killed, equal, killed_at, launch, model, train, weights
 from workflow_src.common.errors import UserError
 from workflow_src.training import blocks, checkpoint, sharding, telemetry
 from workflow_src.training.engine import Engine
@@ -23,7 +23,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from safetensors.torch import save_file
-from tests.test_engine_at_scale import ADAMW, Killed, killed_at, loss, model, state_of, train
+from tests.test_engine_at_scale import ADAMW, Killed, killed_at, state_of, train
 from workflow_src.training.distributed import join, leave
 
 folder, sharded = Path(sys.argv[1]), replace(ADAMW, shard=True)
@@ -65,11 +65,15 @@ def test_sharded_training_equals_whole_training_and_continues_its_checkpoints(tm
     assert {k: v.shape for k, v in files["a"].tensors.items()} == {k: v.shape for k, v in files["b"].tensors.items()}
 
 
-def test_what_cannot_be_sharded_is_refused_by_field():
+def test_what_cannot_be_sharded_is_refused_by_field(monkeypatch):
+    cpu = torch.device("cpu")
     with pytest.raises(UserError, match=r"training.optimizer: muon .* use adamw"):
-        sharding.check(replace(CONFIG, shard=True), prepares=False)
+        sharding.check(replace(CONFIG, shard=True), cpu, prepares=False)
     with pytest.raises(UserError, match=r"training.shard: true, .*own_frames.share: set it to 0"):
-        sharding.check(replace(ADAMW, shard=True), prepares=True)
+        sharding.check(replace(ADAMW, shard=True), cpu, prepares=True)
+    monkeypatch.delattr(sharding.FSDPModule, sharding.SUM_FIRST)
+    with pytest.raises(UserError, match=r"training.shard: true, but torch \S+ cannot do it on CPUs"):
+        sharding.check(replace(ADAMW, shard=True), cpu, prepares=False)
     for option in ("shard", "compile", "activation_checkpointing"):
         with pytest.raises(UserError, match=f"training.{option}: true, but Linear has no `blocks`"):
             blocks.blocks_of(nn.Linear(2, 2), option)
@@ -95,14 +99,26 @@ def test_recomputed_activations_change_no_weight(tmp_path):
     for recompute in (False, True):
         calls.clear()
         config = replace(CONFIG, steps=10, activation_checkpointing=recompute)
-        engines.append(
-            Engine(counted(), loss, config, seed=0, state=tmp_path / str(recompute), digest="d", label="toy")
-        )
-        engines[-1].run()
+        engines.append(train(tmp_path / str(recompute), config, net=counted)[0])
         micro_batches = 10 * 3  # of 3, 3 and 2 samples
         assert len(calls) == 1 + micro_batches * (1 + recompute)  # one more counts FLOPs
     for one, two in zip(weights(engines[0]), weights(engines[1]), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-6)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(x).tanh()
+
+
+def residual() -> nn.Module:
+    net = model()
+    net.blocks = nn.Sequential(*(Block() for _ in range(4)))
+    return net
 
 
 def test_compiled_blocks_train_alike_and_leave_no_trace_in_names(tmp_path, monkeypatch):
@@ -113,17 +129,18 @@ def test_compiled_blocks_train_alike_and_leave_no_trace_in_names(tmp_path, monke
         return torch._dynamo.optimize("eager", nopython=True)(function)
 
     monkeypatch.setattr(torch, "compile", eager)
-    whole, _ = train(tmp_path / "whole")
+    whole, _ = train(tmp_path / "whole", net=residual)
     with pytest.raises(Killed):
-        train(tmp_path / "compiled", replace(CONFIG, compile=True), loss=killed_at(13))
-    again, average = train(tmp_path / "compiled", replace(CONFIG, compile=True, activation_checkpointing=True))
+        train(tmp_path / "compiled", replace(CONFIG, compile=True), loss=killed_at(13), net=residual)
+    both = replace(CONFIG, compile=True, activation_checkpointing=True)
+    again, average = train(tmp_path / "compiled", both, net=residual)
     assert compiled == [{"dynamic": False}] * 8
     for one, two in zip(weights(whole), weights(again), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-6)
-    assert average.state_dict().keys() == model().state_dict().keys()
+    assert average.state_dict().keys() == residual().state_dict().keys()
     names = checkpoint.load_newest(tmp_path / "compiled", "d").tensors.keys()
     assert names == checkpoint.load_newest(tmp_path / "whole", "d").tensors.keys()
-    plain, _ = train(tmp_path / "compiled")  # the checkpoint serves a run without either
+    plain, _ = train(tmp_path / "compiled", net=residual)  # the checkpoint serves a run without either
     assert equal(plain, again)
 
 

@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 from tests import analysis_data as data
-from workflow_src.analysis import contact_sheet, figures, gallery, pairs, records, tables
+from workflow_src.analysis import comparisons, contact_sheet, figures, gallery, pairs, records, style, tables
+from workflow_src.analysis.report import write_report
 from workflow_src.common.config import load_stage
 from workflow_src.common.errors import UserError
 from workflow_src.common.video import read_video
@@ -35,8 +36,10 @@ def finished(tmp_path_factory):
     files["config"] = data.stage_file(folder)
     stage = load_stage(files["config"])
     study = tables.open_study(stage, records.load_judgements(files["judgements"]))
-    made = {"policy_ranking": tables.ranking(study), "per_task": tables.per_task(study),
-            "agreement": tables.agreement_table(study),
+    compared = tables.comparison_table(study)
+    made = {"policy_ranking": comparisons.add_groups(tables.ranking(study), compared), "comparisons": compared,
+            "per_task": tables.per_task(study), "agreement": tables.agreement_table(study),
+            "prediction_powered": tables.prediction_powered_table(study), "variance": tables.variance_table(study),
             "judge": tables.judge_table(study.judgements, study.policies, study.tasks, 0.95)}  # fmt: skip
     for name, table in made.items():
         tables.write_csv(table, folder / "tables" / f"{name}.csv")
@@ -67,7 +70,7 @@ def test_figures_come_as_svg_and_png(finished, tmp_path, monkeypatch):
     arguments = [part for flag, name in names.items() for part in (f"--{flag}", folder / "tables" / f"{name}.csv")]
     call(figures, monkeypatch, "--config", files["config"], *arguments, "--validation", tmp_path / "validation.csv",
          "--out-dir", tmp_path)  # fmt: skip
-    for name in ("real_vs_imagined", "policy_ranking", "per_task", "fidelity"):
+    for name in (*figures.RUN_FIGURES, "fidelity"):
         assert (tmp_path / f"{name}.svg").read_text().lstrip().startswith("<?xml")
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.width > 600
@@ -86,18 +89,51 @@ def test_scatter_names_every_policy_without_overlap(loaded):
         assert figure.axes[0].bbox.x0 <= box.x0 and box.x1 <= figure.axes[0].bbox.x1
 
 
-@pytest.mark.parametrize("name", figures.FIGURES)
-def test_figures_without_reality(loaded, name, tmp_path):
+@pytest.mark.parametrize("side", ["real", "imagined"])
+@pytest.mark.parametrize("name", figures.RUN_FIGURES)
+def test_figures_without_one_side(loaded, name, side, tmp_path):
     ranking, per_task, agreement = loaded
     for table in (ranking, per_task):
-        table[[column for column in table if "_real" in column]] = np.nan
-    figures.save(figures.FIGURES[name](ranking, per_task, agreement.iloc[:0]), tmp_path, name)
+        table[[column for column in table if f"_{side}" in column]] = np.nan
+    style.save(figures.RUN_FIGURES[name](ranking, per_task, agreement.iloc[:0]), tmp_path, name)
     assert (tmp_path / f"{name}.png").stat().st_size > 0
+
+
+def test_ranking_figure_shows_ranks_and_groups(loaded):
+    ranking, *_ = loaded
+    shown = [text.get_text() for text in figures.ranking_figure(*loaded).axes[0].texts]
+    for column in ("rank_imagined", "rank_real", "group_imagined", "group_real"):
+        expected = ranking[column].astype(str).tolist()
+        assert any(shown[i : i + len(expected)] == expected for i in range(len(shown))), column
+
+
+def test_cells_keep_their_intervals_while_they_are_few(loaded):
+    """Each policy has one colour; where all are of one family, each its own."""
+    ranking, per_task, agreement = loaded
+    assert set(style.looks(ranking).values()) == {style.FAMILIES[name] for name in set(ranking["family"])}
+    same = ranking.assign(family="trained")
+    assert len({colour for colour, _ in style.looks(same).values()}) == len(ranking)
+    lines = [len(figures.scatter(same, per_task, agreement).axes[0].collections)]
+    many = pd.concat([per_task] * 4, ignore_index=True)
+    lines.append(len(figures.scatter(same, many, agreement).axes[0].collections))
+    assert lines[0] == lines[1] + 2 * len(ranking)  # upright and level intervals of the cells
+
+
+def test_reliability_is_the_mean_real_success_of_cells_with_like_imagined_success(loaded):
+    ranking, per_task, agreement = loaded
+    table = per_task.iloc[:6].assign(
+        success_imagined=[0.1, 0.1, 0.5, 0.5, 1.0, 0.9], success_real=[0, 0.2, 0.3, 0.5, 1, 1]
+    )
+    axes = figures.reliability(ranking, table, agreement).axes[0]
+    (curve,) = [line for line in axes.lines if line.get_marker() == "o"]
+    drawn = np.array(curve.get_data()).T
+    np.testing.assert_allclose(drawn[~np.isnan(drawn[:, 0])], [(0.1, 0.1), (0.5, 0.4), (0.95, 1.0)])
+    assert [text.get_text() for text in axes.texts] == ["2", "2", "2"]
 
 
 def test_same_tables_same_bytes(loaded, tmp_path):
     for folder in ("a", "b"):
-        figures.save(figures.ranking_figure(*loaded), tmp_path / folder, "ranking")
+        style.save(figures.ranking_figure(*loaded), tmp_path / folder, "ranking")
     for suffix in ("svg", "png"):
         assert (tmp_path / f"a/ranking.{suffix}").read_bytes() == (tmp_path / f"b/ranking.{suffix}").read_bytes()
 
@@ -105,7 +141,7 @@ def test_same_tables_same_bytes(loaded, tmp_path):
 def test_a_table_that_lacks_columns_is_named(tmp_path):
     (tmp_path / "ranking.csv").write_text("policy\nlate\n")
     with pytest.raises(UserError, match=r"ranking\.csv: has no column family"):
-        figures.read_table(tmp_path / "ranking.csv", ["policy", "family"])
+        style.read_table(tmp_path / "ranking.csv", ["policy", "family"])
 
 
 # ---- pairs ----------------------------------------------------------------------------------------------------------
@@ -215,8 +251,9 @@ def test_gallery_plays_and_filters_in_a_browser(finished, tmp_path, monkeypatch)
 # ---- notebook -------------------------------------------------------------------------------------------------------
 
 
-def test_notebook_is_stripped_and_names_its_kernel():
-    notebook = nbformat.read(ROOT / "notebooks" / "policy_ranking.ipynb", 4)
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebook_is_stripped_and_names_its_kernel(path):
+    notebook = nbformat.read(path, 4)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -224,13 +261,31 @@ def test_notebook_is_stripped_and_names_its_kernel():
     assert code[0].metadata.tags == ["parameters"]
 
 
+def execute(name: str, tables: Path) -> dict:
+    """The names that a notebook leaves behind, and what it displayed under "displayed"."""
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    names = {"tables": str(tables), "displayed": []}
+    names["display"] = names["displayed"].append
+    for source in code[1:]:
+        exec(compile(source.replace("%matplotlib inline", ""), "notebook", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("name", ["worldgym", "openvla_google"])
+def test_report_notebook_runs_on_the_tables_alone(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "draw_all", lambda *arguments: None)
+    write_report(ROOT / "config" / "published" / f"{name}.csv", tmp_path, 0.95, 0)
+    names = execute("agreement", tmp_path)
+    first, second = names["displayed"]
+    assert first.index.name.endswith("all policies") and second.index.name.endswith("policy x task cells")
+    if name == "worldgym":
+        assert second.loc["pearson", "observed"].startswith("0.785") and len(names["hidden"].dropna()) > 5
+
+
 def test_notebook_runs_on_the_tables_alone(finished, monkeypatch):
     folder, _, _ = finished
     monkeypatch.chdir(folder)
-    notebook = nbformat.read(ROOT / "notebooks" / "policy_ranking.ipynb", 4)
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    names = {"tables": str(folder / "tables")}
-    for source in code[1:]:
-        exec(compile(source.replace("%matplotlib inline", ""), "notebook", "exec"), names)
+    names = execute("policy_ranking", folder / "tables")
     assert set(names["references"]) <= set(names["agreement"]["statistic"])
     assert len(names["shown"]) == len(data.POLICIES)

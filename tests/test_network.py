@@ -11,7 +11,7 @@ from tests import parity
 from tests.worlds import FACTORISED, JOINT, make_network, random
 from workflow_src.common import sections
 from workflow_src.common.errors import UserError
-from workflow_src.world_model import kernels
+from workflow_src.world_model import kernels, rotary
 from workflow_src.world_model.network import Previous, WorldModelNetwork
 
 torch.set_num_threads(1)
@@ -130,6 +130,39 @@ def test_first_frame_stays_in_view():
     assert not torch.allclose(a[:, 3], b[:, 3])
     with pytest.raises(UserError, match="first_frame"):
         network(x, levels, actions)
+
+
+def test_what_a_caller_keeps_between_passes_is_what_the_network_would_make():
+    """The first frame's tokens, levels common to all clips, matrices rounded once."""
+    network = make_network(JOINT)
+    x, levels, actions = inputs()
+    levels[1] = levels[0]
+    first = x[:, 0].clone()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        whole = network(x, levels, actions, first=first)
+        rounded = network.rounded(torch.bfloat16)
+        tokens = rounded.embed_first(first)
+        assert torch.equal(rounded(x, levels[:1], actions, first_tokens=tokens), whole)
+
+
+@pytest.mark.parametrize("kind", ["standard", "pixel"])
+def test_rotation_turns_pairs_and_is_the_same_for_a_compiler(kind, monkeypatch):
+    factors = rotary.factors(rotary.spatial_angles(3, 2, 8, kind))
+    features = random(5, 6, 8)
+    turned = rotary.rotate(features, factors)
+    pairs = features.double().unflatten(-1, (-1, 2))
+    expected = torch.view_as_complex(pairs) * torch.exp(1j * rotary.spatial_angles(3, 2, 8, kind))
+    torch.testing.assert_close(turned, torch.view_as_real(expected).flatten(-2).float())
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(rotary.rotate(features, factors), turned)
+
+
+def test_temporal_rotation_depends_on_the_distance_alone_however_far_the_rollout():
+    factors = rotary.factors(rotary.temporal_angles(20_003, 8))
+    query, key = random(8), random(8, seed=1)
+    near = rotary.rotate(query, factors[2]) @ rotary.rotate(key, factors[0])
+    far = rotary.rotate(query, factors[20_002]) @ rotary.rotate(key, factors[20_000])
+    torch.testing.assert_close(far, near, rtol=1e-5, atol=1e-6)
 
 
 def test_hand_written_gradients_are_the_automatic_ones(monkeypatch):

@@ -25,10 +25,10 @@ def study(folder, table, **options):
 
 
 def run(folder, monkeypatch, table, **options):
-    """The command line; returns the four tables."""
+    """The command line; returns the tables by name."""
     files = data.write_run(folder / "results", table)
     config = data.stage_file(folder, **options)
-    names = ("ranking", "per-task", "agreement", "judge")
+    names = ("ranking", "per-task", "agreement", "judge", "comparisons", "prediction-powered", "variance")
     outputs = [folder / "results" / "tables" / f"{'policy_ranking' if n == 'ranking' else n.replace('-', '_')}.csv"
                for n in names]  # fmt: skip
     arguments = ["tables", "--config", config, "--judgements", *files["judgements"], "--rollouts", *files["rollouts"]]
@@ -36,14 +36,15 @@ def run(folder, monkeypatch, table, **options):
         arguments += [f"--out-{name}", path]
     monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
     tables.main()
-    return [pd.read_csv(path) for path in outputs]
+    return {name: pd.read_csv(path) for name, path in zip(names, outputs)}
 
 
 # ---- what the tables say --------------------------------------------------------------------------------------------
 
 
 def test_ranking_table(tmp_path, monkeypatch):
-    ranking, per_task, agreement, judge = run(tmp_path, monkeypatch, data.judgements())
+    found = run(tmp_path, monkeypatch, data.judgements())
+    ranking, per_task, comparisons = (found[name] for name in ("ranking", "per-task", "comparisons"))
     assert ranking["policy"][0] in ("late", "scripted") and sorted(ranking["policy"]) == sorted(POLICIES)
     assert ranking["rank_imagined"].is_monotonic_increasing and ranking["rank_imagined"].iloc[0] == 1
     assert (ranking["n_imagined"] == 30).all() and (ranking["n_real"] == 30).all()
@@ -59,9 +60,24 @@ def test_ranking_table(tmp_path, monkeypatch):
     assert len(per_task) == len(POLICIES) * len(data.TASKS) and (per_task["n_real"] == 10).all()
     means = per_task.groupby("policy")["success_real"].mean()
     assert means[ranking["policy"]].to_numpy() == pytest.approx(ranking["success_real"].to_numpy())
-    assert set(agreement["scope"]) == {"all policies", "trained policies", "policy x task cells",
-                                       "trained policy x task cells", "state judge", "trials"}  # fmt: skip
-    assert set(judge["judge"]) == {"classifier", "state"}
+    assert set(found["agreement"]["scope"]) == {"all policies", "trained policies", "policy x task cells",
+                                       "trained policy x task cells", "state judge", "within tasks",
+                                       "trials"}  # fmt: skip
+    assert set(found["judge"]["judge"]) == {"classifier", "state"}
+    assert comparisons["side"].value_counts().to_dict() == {"imagined": 15, "real": 15}
+    assert set(comparisons["test"]) == {"exact McNemar, first frames as clusters"} and (comparisons["n"] == 30).all()
+    assert set(found["prediction-powered"]["policy"]) == set(POLICIES)
+    assert (found["prediction-powered"]["n_real"] == 12).all()
+    assert set(found["variance"]["component"]) == {
+        "policy",
+        "policy x task",
+        "first frame",
+        "policy x frame",
+        "sampling",
+        "judge",
+    }
+    groups = ranking.set_index("policy")["group_real"]
+    assert not set(groups["late"]) & set(groups["random"])
 
 
 def test_rates_are_those_of_the_rollouts(tmp_path):
@@ -147,9 +163,12 @@ def test_judge_accuracy_on_lab_videos(tmp_path):
 
 def test_ranking_without_a_lab(tmp_path, monkeypatch):
     table = data.judgements(per_task=3)
-    ranking, per_task, agreement, judge = run(tmp_path, monkeypatch, table[table["world"] == "world_model"])
+    found = run(tmp_path, monkeypatch, table[table["world"] == "world_model"])
+    ranking = found["ranking"]
     assert ranking["success_imagined"].notna().all() and ranking["success_real"].isna().all()
-    assert per_task["success_real"].isna().all() and agreement.empty and judge.empty
+    assert found["per-task"]["success_real"].isna().all() and ranking["group_real"].isna().all()
+    assert all(found[name].empty for name in ("agreement", "judge", "prediction-powered"))
+    assert set(found["comparisons"]["side"]) == {"imagined"} and set(found["variance"]["world"]) == {"world_model"}
     assert "no real results" in summary.summary(tmp_path / "results")
 
 
@@ -193,6 +212,8 @@ def test_reality_from_a_csv(tmp_path):
     assert found["success_real"].to_numpy() == pytest.approx(expected[found["policy"]].to_numpy())
     assert (found["n_real"] == 30).all() and found["partial_real"].isna().all()
     assert set(tables.agreement_table(opened)["pairing"]) == {"same tasks, other first frames"}
+    compared = tables.comparison_table(opened).groupby("side")["test"].unique()
+    assert compared["real"].tolist() == ["Barnard exact"] and "McNemar" in compared["imagined"][0]
 
 
 def drop_first(table):

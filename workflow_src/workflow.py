@@ -11,21 +11,28 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from workflow_src.common import config as configuration
+from workflow_src.common.addresses import is_loopback
 from workflow_src.common.config import check_name, to_dict, write_stage
 from workflow_src.common.errors import UserError
 from workflow_src.common.files import write_if_changed
 from workflow_src.common.progress import say
-from workflow_src.common.sections import Config, Policy
+from workflow_src.common.sections import Config, Policy, Vlm
 from workflow_src.episodes.mixture import Mixture, frame_skips, read_mixture
 from workflow_src.world_model.published import check as check_published
 from workflow_src.world_model.published import is_address
 
 ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = ROOT / "config" / "prompts"
 WORLDS = ("lab", "world_model")
 SPLITS = {"train": ("train",), "validation": ("validation", "val", "test")}  # what data sets of others call them
 FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+CORRUPTIONS = ("as_recorded", "gripper_open", "offset", "frozen", "reversed", "shuffled")  # rollouts/corruptions.py
+LEARNED = ("classifier", "state")  # judges that one training makes and one job runs
+LEARNED_FIELDS = ("batch", "width", "latent_noise", "training")  # what these depend on
+HUMAN = "human"
 JOBS_BESIDE = 3  # trainings that may run while policies are served
 
 
@@ -114,16 +121,32 @@ class Workflow:
         network = self.config.policies[policy].network
         return [f"{self.results}/policies/{network}/{network}.json"] if network else []
 
-    def per_rollout(self, template: str, world: str | None = None) -> list[str] | Callable:
+    def per_rollout(self, template: str, worlds: Iterable[str] = WORLDS) -> list[str] | Callable:
         """`template` filled for every (world, policy, shard); without policies, what ends Snakemake when it is asked for."""
         if not self.config.policies:
             return _nothing_to_rank
         return [
             template.format(results=self.results, world=w, policy=p, shard=s)
-            for w in ([world] if world else self.worlds)
+            for w in worlds
+            if w in self.worlds
             for p in self.config.policies
             for s in range(self.config.rollouts.shards)
         ]
+
+    def judgements(self) -> list[str]:
+        """The judgements of all configured judges, one file for each job that judges."""
+        learned = ["learned"] if self.config.lab.scene != "none" else []  # they learn from a lab's episodes
+        names = [*learned, *self.config.judges.vlm, *([HUMAN] if self.config.judges.human.labels else [])]
+        return [f"{self.results}/judgements/{name}.parquet" for name in names]
+
+    def probes(self) -> list[str]:
+        """Every judge's verdicts on changed lab clips, one file for each job that makes them."""
+        seeing = [name for name, vlm in self.config.judges.vlm.items() if "lab" in vlm.worlds]
+        return [f"{self.results}/calibration/{name}.parquet" for name in ("learned", *seeing)]
+
+    def prompt(self, judge: str) -> str:
+        """The prompt file of a vision-language model."""
+        return str(prompt_file(self.config.judges.vlm[judge]))
 
     def sources(self, *files: str) -> list[str]:
         """Source files of the analysis, which is cheap: standing among its inputs, an edit reruns it."""
@@ -139,6 +162,11 @@ class Workflow:
             write_stage(f"{self.results}/config", name, self.config, sections)
 
 
+def prompt_file(vlm: Vlm) -> Path:
+    """Where the prompt of a vision-language model lies."""
+    return PROMPTS / f"{vlm.prompt}.yaml"
+
+
 def _stages(config: Config) -> dict[str, dict[str, Any]]:
     """Stage → the sections it depends on (None: all of the section). Knobs that change no result are left at defaults."""
     lab = to_dict(replace(config.lab, workers=2))
@@ -146,24 +174,27 @@ def _stages(config: Config) -> dict[str, dict[str, Any]]:
     data = config.world_model.data or config.episodes.dataset
     world_model = to_dict(replace(config.world_model, processes=1, data=data))
     episodes = to_dict(replace(config.episodes, stores={}))
+    plain = to_dict(config)
     stages: dict[str, dict[str, Any]] = {
         "episodes": {"lab": lab, "episodes": episodes},
         "tokenizer": {"lab": lab, "tokenizer": None},
         "latents": {"tokenizer": None, "world_model": {"mirror": config.world_model.mirror}},
         "world_model": {"lab": lab, "tokenizer": None, "world_model": world_model},
-        "judges": {"lab": lab, "judges": None},
+        "judges": {"lab": lab, "judges": {name: plain["judges"][name] for name in LEARNED_FIELDS}},
         "trials": {"lab": lab, "trials": None},
+        "corruptions": {"lab": lab, "rollouts": rollouts},
         "analysis": {
             name: None for name in ("lab", "policies", "behaviour_cloning", "judges", "trials", "analysis", "reality")
         },
     }
-    plain = to_dict(config)
     if config.world_model.source.checkpoint:
         # What an import depends on, of a world model that others have trained.
         stages["world_model"] = {
             "lab": {name: lab[name] for name in ("image_size", "embodiment")},
             "world_model": {name: world_model[name] for name in ("source", "network", "sampler")},
         }
+    for name, vlm in plain["judges"]["vlm"].items():
+        stages[f"judges/{name}"] = {"lab": lab, "judges": {"vlm": {name: vlm}}}
     for name, network in plain["behaviour_cloning"].items():
         stages[f"behaviour_cloning/{name}"] = {"lab": lab, "behaviour_cloning": {name: network}}
     for name, policy in plain["policies"].items():
@@ -183,6 +214,7 @@ def checked(mapping: dict[str, Any]) -> Workflow:
     config = _with_tasks(configuration.from_dict(Config, mapping))
     _check_lab(config)
     _check_policies(config)
+    _check_judges(config)
     _check_numbers(config)
     _check_data(config)
     _check_own_frames(config)
@@ -267,8 +299,7 @@ def _check_policies(config: Config) -> None:
 
     for name, policy in config.policies.items():
         path = f"policies.{name}"
-        if not re.fullmatch(FILE_NAME, name):
-            raise UserError(f"{path}: {name!r} is not usable as a file name; use letters, digits, '_', '-' and '.'")
+        _check_file_name(path, name)
         if policy.endpoint:
             _check_endpoint(path, policy)
             continue
@@ -292,14 +323,67 @@ def _check_policies(config: Config) -> None:
             )
 
 
+def _check_file_name(path: str, name: str) -> None:
+    if not re.fullmatch(FILE_NAME, name):
+        raise UserError(f"{path}: {name!r} is not usable as a file name; use letters, digits, '_', '-' and '.'")
+
+
 def _check_endpoint(path: str, policy: Policy) -> None:
     if not policy.revision:
         raise UserError(f"{path}.revision: is empty; say what the server at {policy.endpoint} serves")
     if not re.match(r"wss?://", policy.endpoint):
         raise UserError(f"{path}.endpoint: {policy.endpoint!r} is not a websocket address; write ws://host:port")
-    local = re.match(r"wss?://(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:|/|$)", policy.endpoint)
+    local = is_loopback(urlsplit(policy.endpoint).hostname or "")
     if policy.endpoint.startswith("ws://") and not local and not policy.allow_plaintext:
         raise UserError(f"{path}.endpoint: {policy.endpoint!r} is unencrypted; use wss:// or set allow_plaintext: true")
+
+
+def _check_judges(config: Config) -> None:
+    judges, reserved = config.judges, (*LEARNED, HUMAN, "learned", "truth")
+    for name, vlm in judges.vlm.items():
+        _check_file_name(f"judges.vlm.{name}", name)
+        if name in reserved:
+            raise UserError(
+                f"judges.vlm.{name}: is the name of another judge; choose one besides {', '.join(reserved)}"
+            )
+        _check_vlm(f"judges.vlm.{name}", vlm)
+    for i, file in enumerate(judges.human.labels):
+        if not Path(file).is_file():
+            raise UserError(f"judges.human.labels[{i}]: {file!r} is not a file; give a CSV of labels")
+    if judges.human.sample and not Path(judges.human.sample).is_file():
+        raise UserError(
+            f"judges.human.sample: {judges.human.sample!r} is not a file; it lies beside the labelling page"
+        )
+    check_name("judges.primary", judges.primary, [*LEARNED, *judges.vlm, *([HUMAN] if judges.human.labels else [])])
+    if judges.primary in judges.vlm and "world_model" not in judges.vlm[judges.primary].worlds:
+        raise UserError(
+            f"judges.vlm.{judges.primary}.worlds: lacks world_model, whose rollouts the primary judge ranks"
+        )
+
+
+def _check_vlm(path: str, vlm: Vlm) -> None:
+    parts = urlsplit(vlm.base_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"{path}.base_url: {vlm.base_url!r} is not an address; write https://host/v1")
+    if parts.username or parts.password:
+        raise UserError(f"{path}.base_url: holds a name or password; put the key into the variable {vlm.key_env}")
+    if parts.scheme == "http" and not is_loopback(parts.hostname) and not vlm.allow_plaintext:
+        raise UserError(f"{path}.base_url: {vlm.base_url!r} is unencrypted; use https:// or set allow_plaintext: true")
+    if not vlm.model:
+        raise UserError(f"{path}.model: is empty; name the model as the server does")
+    if not prompt_file(vlm).is_file():
+        known = ", ".join(sorted(file.stem for file in PROMPTS.glob("*.yaml")))
+        raise UserError(f"{path}.prompt: {vlm.prompt!r} is not among config/prompts: {known}")
+    if not vlm.worlds:
+        raise UserError(f"{path}.worlds: is empty; name lab, world_model or both")
+    least = {"votes": 1, "concurrency": 1, "timeout": 1, "frames": 0, "side": 0, "retries": 0, "spend_limit": 0}
+    for name, value in least.items():
+        if getattr(vlm, name) < value:
+            raise UserError(f"{path}.{name}: {getattr(vlm, name)} is impossible; it must be at least {value}")
+    if vlm.spend_limit and not (vlm.price_input and vlm.price_output):
+        raise UserError(
+            f"{path}.spend_limit: needs price_input and price_output (per million tokens) to count against it"
+        )
 
 
 def _check_own_frames(config: Config) -> None:
@@ -340,6 +424,7 @@ def _check_numbers(config: Config) -> None:
         "lab.horizon": config.lab.horizon, "trials.per_task": config.trials.per_task,
         "rollouts.repeats": config.rollouts.repeats, "rollouts.shards": config.rollouts.shards,
         "rollouts.batch": config.rollouts.batch, "lab.image_size": config.lab.image_size,
+        "judges.probes": config.judges.probes,
     }  # fmt: skip
     for name, split in config.episodes.splits.items():
         at_least_one[f"episodes.splits.{name}.episodes"] = split.episodes
@@ -383,6 +468,18 @@ def _nothing_to_record(wildcards: Any) -> None:
         "lab.scene: is none, so there is no lab to record episodes in, which a tokenizer, a world model or a judge would "
         "learn from; roll out (target `rollouts`), or choose a scene"
     ))  # fmt: skip
+
+
+def require_keys(workflow: Workflow, jobs: Iterable[Any]) -> None:
+    """End a run before its first job when one of its `jobs` will ask a server whose key is missing."""
+    from workflow_src.judges.transport import find_key
+
+    for name in sorted({job.wildcards.vlm for job in jobs if hasattr(job.wildcards, "vlm")}):
+        try:
+            find_key(name, workflow.config.judges.vlm[name])
+        except UserError as error:
+            say(f"error: {error}")
+            sys.exit(2)
 
 
 def shell_prefix(deployment: Any) -> str:

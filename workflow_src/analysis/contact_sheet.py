@@ -49,16 +49,15 @@ def choose(pairs: Sequence[Pair]) -> list[tuple[str, str, Pair | None]]:
 # ---- drawing --------------------------------------------------------------------------------------------------------
 
 
-def sheet(chosen: Sequence[tuple[str, str, Pair | None]]) -> Image.Image:
+def sheet(shown: Sequence[Pair]) -> Image.Image:
     """One row per pair: who and what on the left, frames over time, imagined above real."""
     from PIL import Image, ImageDraw
 
-    shown = [(kind, pair) for _, kind, pair in chosen if pair]
-    rows = 2 if any(pair.real_video for _, pair in shown) else 1
+    rows = 2 if any(pair.real_video for pair in shown) else 1
     left, top, pitch = 216, 34, rows * (SIZE + 2) + MARGIN
     canvas = Image.new("RGB", (left + COLUMNS * (SIZE + 2) + MARGIN, top + len(shown) * pitch), "white")
     draw = ImageDraw.Draw(canvas)
-    for index, (_, pair) in enumerate(shown):
+    for index, pair in enumerate(shown):
         y = top + index * pitch
         frames = pair.frames(SIZE)
         steps = np.linspace(0, len(frames) - 1, COLUMNS).round().astype(int)
@@ -169,6 +168,12 @@ def _colour(verdict: bool | None) -> tuple[int, int, int]:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
+def save_sheet(path: Path, shown: Sequence[Pair]) -> None:
+    """Write the contact sheet of `shown` as PNG."""
+    with atomic_path(path) as temporary:
+        sheet(shown).save(temporary, format="PNG", optimize=True)
+
+
 def save_gif(path: Path, images: Sequence[Image.Image], control_hz: float) -> None:
     """Write an endless GIF at the true control rate that rests on its last frame; one palette, so nothing flickers."""
     from PIL import Image
@@ -202,8 +207,7 @@ def main() -> None:
         if pair:
             save_gif(arguments.out_dir / f"rollout_{policy}_{kind}.gif", single(pair), pair.control_hz)
     save_gif(arguments.out_dir / "rollouts.gif", montage(chosen), control_hz)
-    with atomic_path(arguments.out_dir / "contact_sheet.png") as temporary:
-        sheet(chosen).save(temporary, format="PNG", optimize=True)
+    save_sheet(arguments.out_dir / "contact_sheet.png", [pair for *_, pair in chosen if pair])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from workflow_src.analysis.records import IMAGINED, KEY, LAB, TRUTH, check_judged, load_judgements, load_rollouts
-from workflow_src.common.video import read_video
+from workflow_src.common.video import enlarge, read_video
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,16 +55,6 @@ class Pair:
             return clips[0]
         bar = np.full((length, clips[0].shape[1], GAP, 3), GROUND, np.uint8)
         return np.concatenate([clips[0], bar, clips[1]], axis=2)
-
-
-def enlarge(clip: np.ndarray, height: int) -> np.ndarray:
-    """Scale uint8 `(T, h, w, 3)` frames smoothly by a whole factor (at least 1) to at most `height`; crop to even."""
-    from PIL import Image
-
-    factor = max(1, height // clip.shape[1])
-    size = (clip.shape[2] * factor, clip.shape[1] * factor)
-    scaled = np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)) for frame in clip])
-    return scaled[:, : size[1] // 2 * 2, : size[0] // 2 * 2]
 
 
 def load_pairs(stage: Any, rollouts: Iterable[str | Path], judgements: Iterable[str | Path]) -> list[Pair]:

@@ -19,7 +19,6 @@ TRUTH = "truth"
 KEY = ["world", "policy", "trial_id", "repeat"]
 JUDGEMENT_COLUMNS = [*KEY, "judge", "success_at_end"]
 ROLLOUT_COLUMNS = [*KEY, "task", "video"]
-REALITY_COLUMNS = ["policy", "task", "success", "n"]
 
 
 @dataclass(frozen=True)
@@ -189,55 +188,3 @@ def _check_counted(n: np.ndarray, world: str, judge: str, policies: Sequence[str
             f"judgements of {judge!r} in {world}: no valid one for {policies[p]}, {tasks[k]} (n = 0); "
             "look at the `error` and `invalid` columns"
         )
-
-
-# ---- real results from a laboratory ---------------------------------------------------------------------------------
-
-
-def load_reality(file: str | Path, policies: Sequence[str], tasks: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Real success rates and trial counts `(P, K)` from a CSV with columns policy, task, success (rate), n, source.
-
-    Raises `UserError` for a missing or doubled cell, a policy or task of one side only, a rate outside [0, 1] or n < 1.
-    """
-    import pandas as pd
-
-    try:
-        table = pd.read_csv(file)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file}: not a readable CSV ({error}); columns: {', '.join(REALITY_COLUMNS)}, source"
-        ) from error
-    if missing := [column for column in REALITY_COLUMNS if column not in table]:
-        raise UserError(f"{file}: has no column {', '.join(missing)}; columns: {', '.join(REALITY_COLUMNS)}, source")
-    table[["policy", "task"]] = table[["policy", "task"]].astype(str)
-    for column, allowed in (("policy", policies), ("task", tasks)):
-        found = set(table[column])
-        if extra := sorted(found - set(allowed)):
-            raise UserError(
-                f"{file}: {column} {extra[0]!r} has real results but is not ranked; remove it or configure it"
-            )
-        if absent := [name for name in allowed if name not in found]:
-            raise UserError(f"{file}: no row for {column} {absent[0]!r}, which is ranked; add its real results")
-    for column in ("success", "n"):
-        table[column] = _numbers(file, table, column)
-    if table.duplicated(["policy", "task"]).any():
-        row = table[table.duplicated(["policy", "task"])].iloc[0]
-        raise UserError(f"{file}: {row.policy}, {row.task} appears twice; give one row per policy and task")
-    grid = table.pivot(index="policy", columns="task").reindex(index=list(policies))
-    rate, n = (grid[column].reindex(columns=list(tasks)).to_numpy(float) for column in ("success", "n"))
-    if np.isnan(rate).any():
-        p, k = np.argwhere(np.isnan(rate))[0]
-        raise UserError(f"{file}: no row for {policies[p]}, {tasks[k]}; add the cell")
-    return rate, n
-
-
-def _numbers(file: str | Path, table: pd.DataFrame, column: str) -> pd.Series:
-    import pandas as pd
-
-    values = pd.to_numeric(table[column], errors="coerce")
-    bad = ~((values >= 0) & (values <= 1)) if column == "success" else ~((values >= 1) & (values % 1 == 0))
-    if bad.any():
-        row = table[bad].iloc[0]
-        needed = "a rate between 0 and 1" if column == "success" else "a whole number of trials, at least 1"
-        raise UserError(f"{file}: {column} of {row.policy}, {row.task} is {row[column]!r}; it must be {needed}")
-    return values

@@ -19,6 +19,8 @@ import numpy as np
 TIE = 1e-9
 # Up to here all orderings are enumerated (in two halves); beyond, they are sampled.
 EXACT_POLICIES = 12
+# All choices of tasks are tried up to here.
+MOST_SUBSETS = 17
 
 Metric = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -81,9 +83,9 @@ def kendall(imagined: np.ndarray, real: np.ndarray) -> np.ndarray:
 
 
 def order_signs(values: np.ndarray) -> np.ndarray:
-    """`(..., n)` → `(..., n, n)` of -1, 0, 1: the sign of value i minus value j, with rounding taken as a tie."""
+    """`(..., n)` → int8 `(..., n, n)` of -1, 0, 1: the sign of value i minus value j, with rounding taken as a tie."""
     gap = values[..., :, None] - values[..., None, :]
-    return np.sign(np.where(np.abs(gap) < TIE, 0.0, gap))
+    return (gap > TIE).astype(np.int8) - (gap < -TIE).astype(np.int8)
 
 
 def average_ranks(values: np.ndarray) -> np.ndarray:
@@ -137,6 +139,20 @@ def rmse(imagined: np.ndarray, real: np.ndarray) -> np.ndarray:
 def bias(imagined: np.ndarray, real: np.ndarray) -> np.ndarray:
     """Mean of imagined minus real: positive where the world model is optimistic."""
     return (imagined - real).mean(-1)
+
+
+def least_squares(imagined: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Slope and intercept of the least-squares line of imagined on real rates; NaN where `real` is constant."""
+    a, b = imagined - imagined.mean(-1, keepdims=True), real - real.mean(-1, keepdims=True)
+    square = (b * b).sum(-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        slope = np.where(square > TIE**2, (a * b).sum(-1) / square, np.nan)
+    return slope, imagined.mean(-1) - slope * real.mean(-1)
+
+
+def share_within(imagined: np.ndarray, real: np.ndarray, distance: float) -> np.ndarray:
+    """Share of the points whose rates differ by at most `distance`."""
+    return (np.abs(imagined - real) <= distance + TIE).mean(-1)
 
 
 # ---- decisions ------------------------------------------------------------------------------------------------------
@@ -207,6 +223,12 @@ def sampled_permutation_p(imagined: np.ndarray, real: np.ndarray, generator: np.
     return float(((shuffled @ b >= a @ b - 1e-12).sum() + 1) / (n + 1))
 
 
+def fisher_interval(r: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of a correlation `r` of `n` > 3 independent points by Fisher's z. Cells that share policies are not."""
+    z, half = math.atanh(r), NormalDist().inv_cdf(0.5 + confidence / 2) / math.sqrt(n - 3)
+    return math.tanh(z - half), math.tanh(z + half)
+
+
 def leave_one_out(metric: Metric, imagined: np.ndarray, real: np.ndarray) -> tuple[float, float]:
     """Smallest and largest value of `metric` when each of the n points is left out once. NaN below three points."""
     n = len(real)
@@ -216,6 +238,26 @@ def leave_one_out(metric: Metric, imagined: np.ndarray, real: np.ndarray) -> tup
     values = metric(imagined[keep], real[keep])
     values = values[~np.isnan(values)]
     return (float(values.min()), float(values.max())) if len(values) else (math.nan, math.nan)
+
+
+def leave_one_task_out(metric: Metric, imagined: np.ndarray, real: np.ndarray) -> tuple[float, float]:
+    """Smallest and largest `metric` of cells `(P, K)` when each task is left out once; `metric` takes cells."""
+    tasks = imagined.shape[-1]
+    if tasks < 3:
+        return math.nan, math.nan
+    values = np.array([metric(np.delete(imagined, k, -1), np.delete(real, k, -1)) for k in range(tasks)], float)
+    values = values[~np.isnan(values)]
+    return (float(values.min()), float(values.max())) if len(values) else (math.nan, math.nan)
+
+
+def best_hit_of_subsets(imagined: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """`best_hit` of the policy means for every non-empty choice of tasks: `(2^K - 1,)` for cells `(P, K)`."""
+    tasks = imagined.shape[-1]
+    if tasks > MOST_SUBSETS:
+        raise ValueError(f"{tasks} tasks have too many subsets (at most {MOST_SUBSETS})")
+    chosen = np.arange(1, 2**tasks)[:, None] >> np.arange(tasks) & 1
+    size = chosen.sum(1, keepdims=True)
+    return best_hit(chosen @ imagined.T / size, chosen @ real.T / size)
 
 
 def within(values: np.ndarray, axis: int) -> np.ndarray:

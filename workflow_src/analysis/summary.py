@@ -18,6 +18,7 @@ PLACES = {
     "figure": "figures/real_vs_imagined.png",
     "imagined rollouts": "figures/rollouts.gif",
     "contact sheet": "figures/contact_sheet.png",
+    "failure optimism": "tables/failure_optimism.csv",
     "gallery": "gallery/index.html",
     "notebook": "notebooks/policy_ranking.html",
     "world model": "world_model",
@@ -51,7 +52,7 @@ def agreement_lines(rows: list[dict[str, str]]) -> list[str]:
     lines = []
     for scope in SCOPES:
         found = {row["statistic"]: row for row in rows if row["scope"] == scope}
-        if not found:
+        if "pearson" not in found:
             continue
         n = found["pearson"]["n"]
         numbers = "  ".join([

@@ -1,18 +1,28 @@
-"""The tables of a run: policy ranking, per-task rates, agreement with reality, accuracy of the judges."""
+"""The tables of a run: ranking, per-task rates, agreement with reality, comparisons of policies, judges' accuracy."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workflow_src.analysis import agreement, records
+from workflow_src.analysis import (
+    agreement,
+    cells,
+    comparisons,
+    correction,
+    posterior,
+    prediction_powered,
+    records,
+    resampling,
+)
 from workflow_src.analysis import statistics as st
 from workflow_src.analysis.records import IMAGINED, LAB, TRUTH, Outcomes
+from workflow_src.analysis.resampling import Paired
 from workflow_src.common import seeds
 from workflow_src.common.config import load_stage
 from workflow_src.common.errors import UserError, run_cli
@@ -24,12 +34,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CROSS_CHECK = "state"
-NO_LABELS = "no labels on generated video"
 RANKING_COLUMNS = [
     "policy", "family", "network", "snapshot", "judge",
     "rank_imagined", "success_imagined", "success_imagined_low", "success_imagined_high", "n_imagined",
     "rank_real", "success_real", "success_real_low", "success_real_high", "n_real",
-    "success_corrected", "corrected_note", "success_imagined_state",
+    "success_corrected", "success_corrected_low", "success_corrected_high", "n_labels", "corrected_note",
+    "success_imagined_state",
     "partial_imagined", "partial_real", "success_ever_imagined", "success_ever_real", "unjudged_imagined",
 ]  # fmt: skip
 AGREEMENT_COLUMNS = ["scope", "statistic", "value", "low", "high", "n", "interval", "estimand", "pairing", "convention"]
@@ -53,8 +63,11 @@ class Rates:
         The mean of K rates with n_k rollouts varies like one rate with K² / Σ(1/n_k) rollouts (K·n if all n_k are n).
         """
         rate = self.rate.mean(1)
-        size = self.rate.shape[1] ** 2 / (1 / self.size).sum(1)
-        return rate, *st.wilson(rate, size, confidence)
+        return rate, *st.wilson(rate, self.mean_size(), confidence)
+
+    def mean_size(self) -> np.ndarray:
+        """Effective number of rollouts behind each policy's mean."""
+        return self.rate.shape[1] ** 2 / (1 / self.size).sum(1)
 
 
 def family(policy: Policy) -> str:
@@ -117,7 +130,7 @@ def open_study(stage: Any, judgements: pd.DataFrame) -> Study:
 
     truth = read(LAB, TRUTH)
     if stage.reality:
-        rate, n = records.load_reality(stage.reality, policies, tasks)
+        rate, n = cells.load_reality(stage.reality, policies, tasks)
         real, truth = Rates(rate, n, n), None
     else:
         real = rates_of(truth) if truth is not None else None
@@ -138,11 +151,14 @@ def ranking(study: Study) -> pd.DataFrame:
         "policy": study.policies, "family": [family(policy) for policy in configured],
         "network": [policy.network for policy in configured],
         "snapshot": [policy.snapshot or None for policy in configured], "judge": study.stage.judges.primary,
-        "success_corrected": np.nan, "corrected_note": NO_LABELS,
         "success_imagined_state": np.nan if study.state is None else rates_of(study.state).rate.mean(1),
         "unjudged_imagined": _unjudged(study),
     })  # fmt: skip
     table["snapshot"] = table["snapshot"].astype("Int64")
+    labels = correction.labelled(study.judgements, study.stage.judges.primary)
+    size = imagined.mean_size()
+    right = correction.correct_policies(labels, study.policies, imagined.rate.mean(1), size, study.confidence)
+    table = table.join(right.drop(columns="policy"))
     for side, rates in (("imagined", imagined), ("real", study.real)):
         _add_rates(table, side, rates, study.confidence)
         judge = study.stage.judges.primary if side == "imagined" else TRUTH
@@ -209,28 +225,37 @@ def agreement_table(study: Study) -> pd.DataFrame:
     if study.real is None:
         return pd.DataFrame(columns=AGREEMENT_COLUMNS)
     generator = seeds.rng(study.stage.seed, "agreement")
-    resamples = study.stage.analysis.resamples
-    weights = agreement.frame_weights(study.imagined.tasks, resamples, generator)
-    if study.truth is not None:
-        real_draws, pairing = agreement.frame_draws(study.truth, weights), agreement.SAME_FRAMES
-    else:
-        real_draws = agreement.binomial_draws(study.real.rate, study.real.n, resamples, generator)
-        pairing = agreement.OTHER_FRAMES
-
-    def paired(found: Outcomes) -> agreement.Paired:
-        rate, n = found.cells()
-        return agreement.Paired(
-            tuple(study.policies), tuple(study.tasks), rate, study.real.rate, n, study.real.n,
-            agreement.frame_draws(found, weights), real_draws, pairing,
-        )  # fmt: skip
-
-    rows = _scopes(study, paired, generator)
-    if study.truth is not None:
-        rows += agreement.trial_rows(study.imagined, study.truth, weights, study.confidence)
+    if study.truth is None:
+        rows = _scopes(study, lambda found: _against_a_csv(study, found), generator)
+        return pd.DataFrame(rows, columns=AGREEMENT_COLUMNS)
+    weights = resampling.frame_weights(study.imagined.tasks, study.stage.analysis.resamples, generator)
+    rows = _scopes(study, lambda found: _on_same_frames(study, found, weights), generator)
+    rows += agreement.trial_rows(study.imagined, study.truth, weights, study.confidence)
     return pd.DataFrame(rows, columns=AGREEMENT_COLUMNS)
 
 
-def _scopes(study: Study, paired, generator: np.random.Generator) -> list[dict[str, Any]]:
+def _on_same_frames(study: Study, found: Outcomes, weights: np.ndarray) -> Paired:
+    rates = rates_of(found)
+    draws = (resampling.frame_draws(outcomes, weights) for outcomes in (found, study.truth))
+    truth = None
+    if found is study.imagined:
+        # The frames that both worlds share correlate their noise a little; the posterior takes it as independent.
+        generator = seeds.rng(study.stage.seed, "posterior")
+        truth = posterior.sample(rates.rate, study.real.rate, rates.size, study.real.size, generator)
+    return Paired(
+        tuple(study.policies), tuple(study.tasks), rates.rate, study.real.rate, rates.n, study.real.n, *draws,
+        resampling.SAME_FRAMES, resampling.BOOTSTRAP, truth,
+    )  # fmt: skip
+
+
+def _against_a_csv(study: Study, found: Outcomes) -> Paired:
+    rates, generator = rates_of(found), seeds.rng(study.stage.seed, "posterior")
+    return resampling.from_cells(
+        study.policies, study.tasks, rates.rate, study.real.rate, rates.size, study.real.n, generator
+    )
+
+
+def _scopes(study: Study, paired: Callable[[Outcomes], Paired], generator: np.random.Generator) -> list[dict[str, Any]]:
     whole, trained = paired(study.imagined), study.trained()
     rows = agreement.policy_rows(whole, "all policies", study.confidence, generator)
     if len(trained) > 1:
@@ -241,7 +266,36 @@ def _scopes(study: Study, paired, generator: np.random.Generator) -> list[dict[s
         rows += agreement.cell_rows(some, "trained policy x task cells", study.confidence, generator)
     if study.state is not None:
         rows += agreement.policy_rows(paired(study.state), "state judge", study.confidence, generator)
-    return rows
+    return rows + agreement.within_rows(whole)
+
+
+def comparison_table(study: Study) -> pd.DataFrame:
+    """`comparisons.csv`: every pair of policies in imagination, and in reality where there are real results."""
+    rows = comparisons.paired_rows(study.imagined, study.policies, "imagined", study.confidence)
+    if study.truth is not None:
+        rows += comparisons.paired_rows(study.truth, study.policies, "real", study.confidence)
+    elif study.real is not None:
+        rows += comparisons.unpaired_rows(study.real.rate, study.real.n, study.policies, "real", study.confidence)
+    return comparisons.comparison_table(rows)
+
+
+def prediction_powered_table(study: Study) -> pd.DataFrame:
+    """`prediction_powered.csv`: had only `analysis.real_trials` trials of each task been tried in the lab."""
+    rows = []
+    if study.truth is not None:
+        rows = prediction_powered.rows_of_run(
+            study.imagined, study.truth, study.policies, study.stage.analysis.real_trials, study.stage.seed,
+            study.confidence,
+        )  # fmt: skip
+    return prediction_powered.table_of(rows, [*prediction_powered.COLUMNS, "success_all"])
+
+
+def variance_table(study: Study) -> pd.DataFrame:
+    """`variance.csv`: where the scatter of imagined rollouts comes from, and that of the lab's."""
+    from workflow_src.analysis import components
+
+    sides = [(IMAGINED, study.stage.judges.primary)] + ([(LAB, TRUTH)] if study.truth is not None else [])
+    return components.variance_table(study.judgements, sides)
 
 
 # ---- judges ---------------------------------------------------------------------------------------------------------
@@ -300,17 +354,19 @@ def write_csv(table: pd.DataFrame, path: str | Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Turn judgements into policy_ranking, per_task, agreement and judge tables.",
+        description="Turn judgements into tables: ranking, per task, agreement, comparisons, judges and more.",
         epilog="example:\n  python -m workflow_src.analysis.tables --config results/config/analysis.json "
         "--judgements results/judgements/*/*/*.parquet --rollouts results/rollouts/*/*/*/rollouts.parquet "
         "--out-ranking results/tables/policy_ranking.csv --out-per-task results/tables/per_task.csv "
-        "--out-agreement results/tables/agreement.csv --out-judge results/tables/judge.csv",
+        "--out-agreement results/tables/agreement.csv --out-judge results/tables/judge.csv "
+        "--out-comparisons results/tables/comparisons.csv "
+        "--out-prediction-powered results/tables/prediction_powered.csv --out-variance results/tables/variance.csv",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, help="stage file")
     parser.add_argument("--judgements", nargs="+", required=True, help="parquet files written by judges.score")
     parser.add_argument("--rollouts", nargs="+", required=True, help="rollouts.parquet files")
-    for name in ("ranking", "per-task", "agreement", "judge"):
+    for name in ("ranking", "per-task", "agreement", "judge", "comparisons", "prediction-powered", "variance"):
         parser.add_argument(f"--out-{name}", required=True, help="CSV to write")
     arguments = parser.parse_args()
     die_with_parent()
@@ -321,7 +377,11 @@ def main() -> None:
     write_csv(per_task(study), arguments.out_per_task)
     write_csv(agreement_table(study), arguments.out_agreement)
     write_csv(judge_table(judgements, study.policies, study.tasks, study.confidence), arguments.out_judge)
-    write_csv(ranking(study), arguments.out_ranking)
+    write_csv(prediction_powered_table(study), arguments.out_prediction_powered)
+    write_csv(variance_table(study), arguments.out_variance)
+    compared = comparison_table(study)
+    write_csv(compared, arguments.out_comparisons)
+    write_csv(comparisons.add_groups(ranking(study), compared), arguments.out_ranking)
 
 
 if __name__ == "__main__":

@@ -150,6 +150,7 @@ class Sampler:
     guidance: float = 1.0  # classifier-free guidance over actions; 1: off
     mode: Literal["exact", "streaming"] = "exact"
     cached: bool = True  # False: naive full-window recomputation, the tested reference
+    compile: bool = False  # torch.compile with static shapes, on a GPU as CUDA graphs; takes minutes to start
 
 
 @dataclass(frozen=True)
@@ -248,14 +249,52 @@ class Rollouts:
 
 
 @dataclass(frozen=True)
+class Vlm:
+    """A judge: a vision-language model behind any server that speaks OpenAI's chat completions."""
+
+    model: str = ""  # as the server names it
+    base_url: str = "https://api.openai.com/v1"  # vLLM …:8000/v1, Ollama …:11434/v1, llama.cpp …:8080/v1, …
+    key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; a server on loopback may have none
+    allow_plaintext: bool = False  # permit http:// to another machine
+    prompt: str = "success_1"  # config/prompts/<prompt>.yaml
+    worlds: tuple[Literal["lab", "world_model"], ...] = ("lab", "world_model")  # whose rollouts it judges
+    frames: int = 6  # evenly spaced between the first and the last frame, which are always shown
+    side: int = 256  # pixels of a frame's longer side as sent; 0: as stored
+    detail: Literal["", "low", "high", "auto"] = ""  # of the images; sent only when given
+    votes: int = 3  # independent requests per rollout
+    parameters: dict[str, float] = field(default_factory=dict)  # temperature, seed (+ vote), …: sent only when given
+    structured: bool = True  # ask for JSON by schema; false for servers that refuse `response_format`
+    mode: Literal["requests", "batch"] = "requests"  # batch: the provider's Batch API, cheaper, up to a day
+    concurrency: int = 8  # requests under way at once
+    retries: int = 6  # after rate limits, server errors and timeouts
+    timeout: int = 120  # seconds without a sign of life from the server
+    price_input: float = 0.0  # per million tokens
+    price_output: float = 0.0  # per million tokens
+    image_tokens: int = 300  # per image; for estimates only
+    answer_tokens: int = 200  # per answer; for estimates only
+    spend_limit: float = 0.0  # over all runs, in the prices' currency; 0: none
+
+
+@dataclass(frozen=True)
+class Human:
+    """The judge `human`: labels that people gave."""
+
+    labels: tuple[str, ...] = ()  # CSV files, one per labeller or more
+    sample: str = ""  # sample.csv of the labelling page they come from; empty: the CSVs name rollouts themselves
+
+
+@dataclass(frozen=True)
 class Judges:
     """Success from video."""
 
-    primary: Literal["classifier", "state"] = "classifier"  # which judge fills `success_imagined`
+    primary: str = "classifier"  # which judge fills `success_imagined`: classifier, state, human, or a name under `vlm`
     batch: int = 64
     width: int = 32
     latent_noise: float = 0.15  # judge training sees tokenizer reconstructions of latents with this noise
     training: Training = field(default_factory=lambda: Training(steps=700, batch=96, lr=1e-3))
+    vlm: dict[str, Vlm] = field(default_factory=dict)  # further judges, by name
+    human: Human = field(default_factory=Human)
+    probes: int = 60  # lab rollouts from which each judge's clipped, swapped, reversed and shuffled clips are made
 
 
 @dataclass(frozen=True)
@@ -264,6 +303,9 @@ class Analysis:
 
     confidence: float = 0.95
     resamples: int = 2000
+    real_trials: int = (
+        10  # lab trials per task that the prediction-powered estimate may use; the others are imagined alone
+    )
 
 
 @dataclass(frozen=True)

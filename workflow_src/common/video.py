@@ -95,6 +95,16 @@ def probe_video(path: str | Path) -> tuple[int, int, int]:
         raise UserError(f"{path}: not a readable video ({error}); delete it and run again") from error
 
 
+def enlarge(clip: np.ndarray, height: int) -> np.ndarray:
+    """Scale uint8 `(T, h, w, 3)` frames smoothly by a whole factor (at least 1) to at most `height`; crop to even."""
+    from PIL import Image
+
+    factor = max(1, height // clip.shape[1])
+    size = (clip.shape[2] * factor, clip.shape[1] * factor)
+    scaled = np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)) for frame in clip])
+    return scaled[:, : size[1] // 2 * 2, : size[0] // 2 * 2]
+
+
 def write_gif(path: str | Path, frames: np.ndarray, fps: float, scale: int = 1) -> None:
     """Write uint8 `(T, H, W, 3)` frames as an endless GIF, each pixel enlarged `scale` times."""
     import imageio.v3 as imageio

@@ -57,8 +57,14 @@ class Judgement:
     score: float | None = None  # probability of success at the end, where the judge has one
     votes: int = 1  # valid opinions that were asked for
     invalid: int = 0  # answers that could not be read
-    error: str | None = None
+    error: str | None = None  # why there is no opinion, where asking failed
     rationale: str | None = None
+    tie: bool = False  # as many votes for success as against it
+    failed: int = 0  # votes that were asked for and never came
+    cost: float | None = None  # of all votes, in the currency of the configured prices
+    model: str | None = None  # as the server names what answered
+    prompt: str | None = None  # version of the question
+    weight: float | None = None  # rollouts that this one stands for, in a sample drawn for labelling
 
 
 class Judge(Protocol):
@@ -78,11 +84,14 @@ def opinion(judge: str, clip: Clip, **values: Any) -> Judgement:
 
 # ---- rollouts in, tables out ----------------------------------------------------------------------------------------
 
+KEY = ["world", "policy", "trial_id", "repeat"]  # what identifies a rollout
+
 # Column → pandas type of a table of judgements.
 COLUMNS = {
     "trial_id": "string", "policy": "string", "world": "string", "repeat": "int64", "judge": "string",
     "success_at_end": "boolean", "success_ever": "boolean", "partial": "Float64", "score": "Float64", "votes": "int64",
-    "invalid": "int64", "error": "string", "rationale": "string",
+    "invalid": "int64", "error": "string", "rationale": "string", "tie": "bool", "failed": "int64", "cost": "Float64",
+    "model": "string", "prompt": "string", "weight": "Float64",
 }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def main() -> None:
         description=__doc__.strip(),
         epilog="examples:\n  python -m workflow_src.judges.score --config results/config/judges.json \\\n"
         "      --judge results/judge/model.safetensors --rollouts results/rollouts/*/*/shard_*/rollouts.parquet \\\n"
-        "      --out results/judgements/judgements.parquet",
+        "      --out results/judgements/learned.parquet",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, required=True, help="stage file with seed, lab, judges")

@@ -6,7 +6,6 @@ with connect("results/run/endpoint.json", deadline=900) as policy:
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import socket
 import struct
@@ -22,6 +21,7 @@ import websockets
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as open_websocket
 
+from workflow_src.common.addresses import is_loopback
 from workflow_src.common.errors import UserError
 from workflow_src.common.process import alive
 from workflow_src.common.progress import say
@@ -55,7 +55,7 @@ class _Peer:
             self.pid, self.log, self.devices = content["pid"], content.get("log"), content.get("devices") or []
             self.policy = policy or content["policy"]
         parts = urllib.parse.urlsplit(self.url)
-        self.loopback = _is_loopback(parts.hostname or "")
+        self.loopback = is_loopback(parts.hostname or "")
         if parts.scheme == "ws" and not self.loopback and not allow_plaintext:
             raise UserError(
                 f"policy {self.policy}: {self.url} is another machine; use wss:// or set allow_plaintext: true"
@@ -93,13 +93,6 @@ def _read_endpoint(path: Path, policy: str) -> dict[str, Any]:
         return {key: content[key] for key in ("host", "port", "token", "pid", "policy")} | content
     except (ValueError, KeyError, TypeError) as problem:
         raise PolicyError(f"policy {policy or path}: endpoint file {path} is not readable: {problem!r}") from None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def connect(

@@ -85,7 +85,7 @@ class Engine:
     def _place(self, model: nn.Module) -> None:
         """Equal weights on all processes' devices, whole or in shards, and the average beside them."""
         if self.sharded:
-            sharding.check(self.config, self.prepare is not None)
+            sharding.check(self.config, self.processes.device, self.prepare is not None)
         else:  # a model to be sharded goes to the device in pieces
             model.to(self.processes.device)
         self.model = model.train()
@@ -154,7 +154,7 @@ class Engine:
         for parameter in self.parameters:
             parameter.grad = None
         totals: Tensor | float = 0.0
-        # Sharding divides the sum over processes by their number.
+        # Shards get the mean over processes instead of the sum.
         scale = self.processes.size if self.sharded else 1
         for samples in self._micro_batches():
             # For modules with randomness of their own (dropout); losses use `training/randomness.py`.

@@ -141,7 +141,8 @@ class OwnFrames:
     def _imagine(self, step: int, episodes: np.ndarray, ema: nn.Module) -> np.ndarray:
         starts, mirrors = self._blocks(step)
         start, mirrored = starts[episodes[0] // BLOCK], np.full(len(episodes), mirrors[episodes[0] // BLOCK])
-        sampler = make_sampler(ema, Objective(self.card.objective), self.card.sampler)
+        # Weights differ at every refresh: compiling takes longer than these few steps.
+        sampler = make_sampler(ema, Objective(self.card.objective), replace(self.card.sampler, compile=False))
         room = self.card.sampler.window - self.card.sampler.horizon
         opening = max(0, start + 1 - room)  # first of the recorded context frames
         numbers = np.arange(opening, start + self.own.horizon + 1)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from workflow_src.common.errors import UserError
@@ -21,9 +21,16 @@ from workflow_src.common.sections import Training
 from workflow_src.training.blocks import blocks_of
 from workflow_src.training.distributed import Processes
 
+# Sum and divide, where gloo is asked for a mean otherwise; that of torch 2.7 gives the sum instead.
+SUM_FIRST = "set_force_sum_reduction_for_comms"
 
-def check(config: Training, prepares: bool) -> None:
+
+def check(config: Training, device: torch.device, prepares: bool) -> None:
     """Raise UserError for what a sharded training cannot do. `prepares`: it runs its average on every process."""
+    if device.type == "cpu" and not hasattr(FSDPModule, SUM_FIRST):
+        raise UserError(
+            f"training.shard: true, but torch {torch.__version__} cannot do it on CPUs; update torch, or set false"
+        )
     if config.optimizer == "muon":
         raise UserError("training.optimizer: muon needs whole matrices, which training.shard: true splits; use adamw")
     if prepares:
@@ -34,10 +41,15 @@ def check(config: Training, prepares: bool) -> None:
 
 
 def shard(model: nn.Module, processes: Processes) -> None:
-    """Split `model` over all processes, block by block, onto their devices; every process has the same values before."""
+    """Split `model` over all processes, block by block, onto their devices; every process has the same values before.
+
+    Its gradients will be means over processes.
+    """
     mesh = init_device_mesh(processes.device.type, (processes.size,))
     for part in (*blocks_of(model, "shard"), model):
         fully_shard(part, mesh=mesh)
+        if processes.device.type == "cpu":
+            getattr(part, SUM_FIRST)(True)
 
 
 def outline(model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ A frame is conditioned on its own noise level and on the action that leads into 
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from workflow_src.common import sections
 from workflow_src.common.errors import UserError
-from workflow_src.world_model.attention import Attention, Cache, Geometry
+from workflow_src.world_model.attention import Attention, Cache, Geometry, LayerCache, Rotations, latest
 from workflow_src.world_model.kernels import SquaredReLU, gated_add, modulate
 
 FREQUENCIES = 256  # features of the sinusoidal embedding of a noise level
@@ -46,10 +47,14 @@ class SubBlock(nn.Module):
         activation = SquaredReLU() if config.activation == "relu2" else nn.GELU(approximate="tanh")
         self.ffwd = nn.Sequential(nn.Linear(width, hidden), activation, nn.Linear(hidden, width))
 
-    def forward(self, x: Tensor, condition: Tensor, geometry: Geometry, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, geometry: Geometry, cache: LayerCache | None) -> Tensor:
         modulation = self.adaLN_modulation(condition).unsqueeze(2).chunk(6, -1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-        x = gated_add(x, gate_a, self.attn(modulate(x, shift_a, scale_a), geometry, cache))
+        attended = self.attn(modulate(x, shift_a, scale_a), geometry, cache)
+        if attended.shape[1] < x.shape[1]:  # the last block: context frames have left their keys, and end here
+            parts = x, gate_a, shift_m, scale_m, gate_m
+            x, gate_a, shift_m, scale_m, gate_m = (latest(part, attended.shape[1]) for part in parts)
+        x = gated_add(x, gate_a, attended)
         return gated_add(x, gate_m, self.ffwd(modulate(x, shift_m, scale_m)))
 
 
@@ -64,7 +69,7 @@ class Block(nn.Module):
         else:
             self.j_block = SubBlock(config, "both", frames)
 
-    def forward(self, x: Tensor, condition: Tensor, geometry: Geometry, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, geometry: Geometry, cache: LayerCache | None) -> Tensor:
         if hasattr(self, "j_block"):
             return self.j_block(x, condition, geometry, cache)
         return self.t_block(self.s_block(x, condition, geometry, None), condition, geometry, cache)
@@ -85,7 +90,7 @@ class FinalLayer(nn.Module):
 
 @dataclass
 class Previous:
-    """The frame before the first one given: `frame (B, h, w, C)` as the network sees it, its `level (B,)`."""
+    """The frame before the first one given: `frame (B, h, w, C)` as the network sees it, its `level (B,)` or (1,)."""
 
     frame: Tensor
     level: Tensor
@@ -101,6 +106,8 @@ class WorldModelNetwork(nn.Module):
         super().__init__()
         self.config, self.height, self.width, self.frames = config, height, width, frames
         self._check()
+        self.grid = height // config.patch, width // config.patch
+        self.tokens = self.grid[0] * self.grid[1]  # of a frame
         patch_values = config.patch**2 * config.in_channels
         self.x_proj = nn.Conv2d(config.in_channels, config.width, config.patch, config.patch)
         levels = 2 if config.previous_frame else 1
@@ -120,7 +127,7 @@ class WorldModelNetwork(nn.Module):
             self.start_embedding = nn.Parameter(torch.zeros(config.width))
             self.dropped_embedding = nn.Parameter(torch.zeros(config.width))
         if config.spatial_rope == "none":
-            self.position_embedding = nn.Parameter(torch.zeros(height * width // config.patch**2, config.width))
+            self.position_embedding = nn.Parameter(torch.zeros(self.tokens, config.width))
         self.initialise()
 
     def _check(self) -> None:
@@ -154,6 +161,14 @@ class WorldModelNetwork(nn.Module):
             elif (name.startswith("timestep_mlp") and name.endswith("weight")) or name.endswith("_embedding"):
                 nn.init.normal_(parameter, std=0.02)
 
+    def rounded(self, dtype: torch.dtype) -> WorldModelNetwork:
+        """A copy for generation whose matrices have `dtype`, to run under autocast to `dtype` with equal results."""
+        network = copy.deepcopy(self).requires_grad_(False)
+        for module in network.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.to(dtype)
+        return network
+
     # -- input and output ------------------------------------------------------------------------------------------
 
     def patches(self, x: Tensor) -> Tensor:
@@ -167,24 +182,28 @@ class WorldModelNetwork(nn.Module):
         return rearrange(patches, "b t (h w) (p q c) -> b t (h p) (w q) c", h=self.height // p, p=p, q=p)
 
     def embed(self, patches: Tensor, before: Tensor | None, first: Tensor | None) -> Tensor:
-        """Tokens (B, T, N, D) of a frame's patches, of those of the frame before, and of the episode's first frame."""
+        """Tokens (B, T, N, D) of a frame's patches, of those of the frame before, and of the first frame's tokens."""
         kernel = self.x_proj.weight.permute(0, 2, 3, 1).flatten(1)
         if before is not None:
             patches = torch.cat([patches, before], -1)
             kernel = torch.cat([kernel, self.previous_proj.weight], -1)
         x = F.linear(patches, kernel, self.x_proj.bias).float()
-        if self.config.first_frame:
-            if first is None:
-                raise UserError(
-                    "world_model.network.first_frame: this network needs the episode's first frame (`first`)"
-                )
-            x = x + self.first_proj(self.patches(first[:, None]))
+        if first is not None:
+            x = x + first
         return x + self.position_embedding if self.config.spatial_rope == "none" else x
 
+    def embed_first(self, first: Tensor | None) -> Tensor | None:
+        """Tokens (B, 1, N, D) by which `first (B, h, w, C)` stays in view; None for networks without `first_frame`."""
+        if not self.config.first_frame:
+            return None
+        if first is None:
+            raise UserError("world_model.network.first_frame: this network needs the episode's first frame (`first`)")
+        return self.first_proj(self.patches(first[:, None]))
+
     def condition(self, levels: Tensor, actions: Tensor, start: Tensor | None, dropped: Tensor | None) -> Tensor:
-        """(B, T, D) from noise levels `(B, T)` or `(B, T, 2)` (own, previous) and actions, see `forward`."""
+        """(B, T, D) from noise levels `(B, T)` or `(B, T, 2)` (own, previous) and actions, see `forward`. B may be 1."""
         if not self.config.learned_null and dropped is not None:
-            null = F.one_hot(torch.tensor(NULL_DIMENSION, device=actions.device), actions.shape[-1]).to(actions)
+            null = (torch.arange(actions.shape[-1], device=actions.device) == NULL_DIMENSION).to(actions)
             actions = torch.where(dropped[:, None, None], null, actions)
         embedded = self.action_embedder(actions).float()
         if self.config.learned_null:
@@ -204,33 +223,42 @@ class WorldModelNetwork(nn.Module):
         start: Tensor | None = None,
         dropped: Tensor | None = None,
         first: Tensor | None = None,
+        first_tokens: Tensor | None = None,
         cache: Cache | None = None,
         previous: Previous | None = None,
         window: int | None = None,
     ) -> Tensor:
         """Predict for frames `x (B, T, h, w, C)`; returns float32 of that shape.
 
-        `noise_level (B, T)`: of each frame, in thousandths of full noise.
+        `noise_level (B, T)` or (1, T): of each frame, in thousandths of full noise.
 
         `actions (B, T, A)`: the action that leads into each frame. `start (B,)` bool: x[:, 0] opens the episode, so no
         action led to it (networks with `learned_null`; for others the caller passes zeros there). `dropped (B,)` bool:
         show the null action on every frame. `first (B, h, w, C)`: the episode's clean first frame, for networks with
-        `first_frame`.
-        `cache`: attend also to the frames it holds; `previous`: the frame before x[:, 0] where the cache or caller has
-        one (networks with `previous_frame`; without it the first frame sees none). `window`: the most frames a frame
-        attends to, itself included, if fewer than the network's.
+        `first_frame`; `first_tokens`: what `embed_first` made of it, where the caller keeps that.
+        `previous`: the frame before x[:, 0] where there is one (networks with `previous_frame`; without it the first
+        frame sees none). `window`: the most frames a frame attends to, itself included, if fewer than the network's.
+        `cache`: attend also to the frames it holds, within its window. It was prepared for this pass (`Cache.begin`), and
+        only the frames that it was told of are predicted: returns (B, last, h, w, C).
         """
         patches, levels, before, keep = self.patches(x), noise_level.float(), None, None
         if self.config.previous_frame:
             before, before_level = self._before(patches, levels, previous)
             levels, keep = torch.stack([levels, before_level], -1), 1 - before_level / PURE_NOISE
         condition = self.condition(levels, actions, start, dropped)
-        tokens = self.embed(patches, before, first)
-        geometry = Geometry.of(self, x.shape[1], cache, window or self.frames, x.device)
+        tokens = self.embed(patches, before, self.embed_first(first) if first_tokens is None else first_tokens)
+        if cache is None:
+            geometry = last = Geometry.of(self, x.shape[1], window or self.frames, x.device)
+            geometry.rotations = Rotations(self, x.device).at(0, x.shape[1])
+        else:
+            geometry, last = cache.geometry, cache.last_geometry
         for index, block in enumerate(self.blocks):
-            tokens = block(tokens, condition, geometry, cache.layer(index) if cache else None)
+            there = last if index == len(self.blocks) - 1 else geometry
+            tokens = block(tokens, condition, there, None if cache is None else cache.layers[index])
+        condition = latest(condition, tokens.shape[1])
         out = self.final_layer(tokens, condition).float()
         if before is not None:
+            patches, before, keep = (latest(part, tokens.shape[1]) for part in (patches, before, keep))
             own, prior = self.skip_gates(F.silu(condition)).float()[:, :, None].split(1, -1)
             out = out + own * patches + (keep[..., None, None] + prior) * before
         return self.unpatch(out)

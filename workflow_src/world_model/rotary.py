@@ -15,13 +15,16 @@ THETA = 10000.0  # base of the standard frequencies
 PIXEL_MAX_FREQUENCY = 256.0  # of the pixel frequencies: highest number of half turns over the grid
 
 
-def _standard(dim: int) -> Tensor:
-    return THETA ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+def _standard(dim: int, device: torch.device | None = None) -> Tensor:
+    return THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
 
 
-def temporal_angles(positions: Tensor, head_dim: int) -> Tensor:
-    """Angles (len(positions), head_dim / 2) in radians of frames at integer `positions`."""
-    return positions.float()[:, None] * _standard(head_dim).to(positions.device)
+def temporal_angles(frames: int, head_dim: int, device: torch.device | None = None) -> Tensor:
+    """Angles (frames, head_dim / 2) in radians of frames 0, 1, 2, …
+
+    In float64, so that far into a rollout a frame still stands at the right angle to its neighbours.
+    """
+    return torch.arange(frames, device=device)[:, None] * _standard(head_dim, device)
 
 
 def spatial_angles(height: int, width: int, head_dim: int, kind: str) -> Tensor:
@@ -37,14 +40,25 @@ def spatial_angles(height: int, width: int, head_dim: int, kind: str) -> Tensor:
         rows, columns = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
     else:
         frequencies = _standard(dim)
-        rows, columns = torch.arange(height).float(), torch.arange(width).float()
+        rows, columns = torch.arange(height), torch.arange(width)
     by_row = (rows[:, None] * frequencies)[:, None].expand(height, width, -1)
     by_column = (columns[:, None] * frequencies)[None].expand(height, width, -1)
     return torch.cat([by_row, by_column], -1).flatten(0, 1)
 
 
-def rotate(features: Tensor, angles: Tensor) -> Tensor:
-    """Rotate `features (..., L, D)` by `angles (L, D / 2)`, in float32, returned in the features' dtype."""
-    even, odd = features.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(features)
+def factors(angles: Tensor) -> Tensor:
+    """What `rotate` multiplies with: cosine and sine of `angles (..., E / 2)`, float32 (..., E / 2, 2)."""
+    return torch.stack([angles.cos(), angles.sin()], -1).float()
+
+
+def multiply(pairs: Tensor, factors: Tensor) -> Tensor:
+    """Product of two broadcastable tensors (..., 2) as complex numbers, float32."""
+    if not torch.compiler.is_compiling():  # several times faster on a CPU
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(factors))
+    (even, odd), (cos, sin) = pairs.unbind(-1), factors.unbind(-1)  # a compiler fuses this, and has no complex numbers
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+
+
+def rotate(features: Tensor, factors: Tensor) -> Tensor:
+    """Rotate `features (..., E)` by `factors` (broadcastable to (..., E / 2, 2)) in float32, to the features' dtype."""
+    return multiply(features.float().unflatten(-1, (-1, 2)), factors).flatten(-2).type_as(features)
