@@ -85,7 +85,7 @@ def test_what_cannot_be_ranked_ends_with_one_line_and_leaves_no_lock(tmp_path):
     (tmp_path / "no_policies.yaml").write_text(text[: text.index("policies: #")])
     nothing, no_lab = (
         "error: policies: is empty, so there is nothing to roll out",
-        "error: lab.scene: is none, so there is no lab",
+        "error: judges.primary: the learned judges need a lab's episodes, and lab.scene is none",
     )
     for target, config, says in (
         ("results/worldgym/tables/policy_ranking.csv", tmp_path / "no_policies.yaml", nothing),
@@ -110,6 +110,17 @@ def test_the_papers_policies_are_served_beside_their_rollouts(tmp_path):
     policies = ("octo_base", "octo_small", "openvla", "openvla_v01", "rt_1_x", "spatialvla")
     assert all(set(rules) == {"roll_out", "serve_policy"} and len(set(ends)) == 1 for rules, ends in pairs)
     assert {ends[0] for _, ends in pairs} == {f"{policy}/{shard}" for policy in policies for shard in range(4)}
+    judged = tmp_path / "judged.yaml"
+    judged.write_text(
+        CONFIG.read_text() + "judges: {primary: vlm, vlm: {vlm: {model: m, base_url: 'http://127.0.0.1:9/v1'}}}\n"
+    )
+    printed = run(tmp_path, "results/worldgym/tables/policy_ranking.csv", "--dry-run", config=judged).stdout
+    assert re.search(r"ask_vlm +1\n", printed) and re.search(r"make_tables +1\n", printed)
+    assert (
+        "train_judge" not in printed
+        and "record_episodes" not in printed
+        and "rollouts/lab" not in printed.split("ask_vlm:")[1]
+    )
     flow = checked(WORLDGYM)
     environments = [flow.environment(policy) for policy in policies]
     assert environments == [

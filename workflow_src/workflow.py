@@ -133,10 +133,19 @@ class Workflow:
             for s in range(self.config.rollouts.shards)
         ]
 
-    def judgements(self) -> list[str]:
-        """The judgements of all configured judges, one file for each job that judges."""
-        learned = ["learned"] if self.config.lab.scene != "none" else []  # they learn from a lab's episodes
-        names = [*learned, *self.config.judges.vlm, *([HUMAN] if self.config.judges.human.labels else [])]
+    def judgements(self) -> list[str] | Callable:
+        """The judgements of all configured judges, one file for each job that judges.
+
+        Without a lab there is nothing that the learned ones could learn from: ranking by them ends Snakemake.
+        """
+        lab = self.config.lab.scene != "none"
+        if not lab and self.config.judges.primary in LEARNED:
+            return _nothing_to_judge_by if self.config.policies else _nothing_to_rank
+        names = [
+            *(["learned"] if lab else []),
+            *self.config.judges.vlm,
+            *([HUMAN] if self.config.judges.human.labels else []),
+        ]
         return [f"{self.results}/judgements/{name}.parquet" for name in names]
 
     def probes(self) -> list[str]:
@@ -460,6 +469,14 @@ def _end(error: UserError) -> None:
 def _nothing_to_rank(wildcards: Any) -> None:
     """The input of rules that need rollouts. Snakemake asks while it builds its graph, before any job and any lock."""
     _end(UserError("policies: is empty, so there is nothing to roll out and to rank; name at least one policy"))
+
+
+def _nothing_to_judge_by(wildcards: Any) -> None:
+    """The input of rules that need judgements, where only judges are configured that learn from a lab's episodes."""
+    _end(UserError(
+        "judges.primary: the learned judges need a lab's episodes, and lab.scene is none; configure one of judges.vlm or "
+        "human labels"
+    ))  # fmt: skip
 
 
 def _nothing_to_record(wildcards: Any) -> None:
