@@ -9,7 +9,7 @@ how     the lab's expert and its disturbed relatives act in the simulator; an in
 
 rule record_episodes:
     input:
-        config=flow.stage("episodes"),
+        config=flow.recording,
     output:
         f"{flow.episodes}/{{split}}/episodes.parquet",
     log:

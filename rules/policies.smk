@@ -37,10 +37,41 @@ rule serve_policy:
     log:
         f"{results}/logs/serve_policy/{{policy}}/{{shard}}.log",
     conda:
-        lambda wildcards: f"../envs/{flow.config.policies[wildcards.policy].env}.yaml"
+        lambda wildcards: flow.environment(wildcards.policy)
     threads: 0
     params:
         networks=f"{results}/policies",
+        python=lambda wildcards: flow.interpreter(wildcards.policy),
     shell:
-        "exec python -m workflow_src.policies.serve --config {input.config} --policy {wildcards.policy}"
+        "exec {params.python} -m workflow_src.policies.serve --config {input.config} --policy {wildcards.policy}"
         " --networks {params.networks} --endpoint-file {output} --log {log} --threads 1"
+
+
+rule examine_policy:
+    input:
+        config=flow.stage("policies/{policy}"),
+        networks=lambda wildcards: flow.network_files(wildcards.policy),
+        trials=f"{results}/trials/trials.json",
+    output:
+        report(
+            f"{results}/doctor/{{policy}}.csv",
+            caption="../config/report/doctor.rst",
+            category="Policies",
+            labels={"policy": "{policy}"},
+        ),
+    log:
+        f"{results}/logs/examine_policy/{{policy}}.log",
+    conda:
+        lambda wildcards: flow.environment(wildcards.policy)
+    params:
+        networks=f"{results}/policies",
+        python=lambda wildcards: flow.interpreter(wildcards.policy),
+        endpoint=lambda wildcards: flow.endpoint_arguments(wildcards.policy),
+    shell:
+        "{params.python} -m workflow_src.policies.doctor {wildcards.policy} {params.endpoint}--config {input.config}"
+        " --networks {params.networks} --trials {input.trials} --out {output} 2>&1 | tee {log}"
+
+
+rule doctor:
+    input:
+        [f"{results}/doctor/{policy}.csv" for policy in flow.config.policies],

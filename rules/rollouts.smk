@@ -21,6 +21,11 @@ rule draw_trials:
         "python -m workflow_src.rollouts.trials --config {input.config} --out {output} 2>&1 | tee {log}"
 
 
+rule rollouts:
+    input:
+        flow.per_rollout(ROLLOUTS),
+
+
 rule roll_out:
     input:
         unpack(

@@ -10,6 +10,7 @@ import tempfile
 
 import pytest
 
+from envs.build import interpreter
 from tests.chain import finished  # noqa: F401  (a fixture for all)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +21,7 @@ HOST = {
     "conda": lambda: shutil.which("conda") is not None,
     "chromium": lambda: shutil.which("chromium") is not None,
     "mount": lambda: can_mount(),
+    "lerobot": lambda: interpreter("lerobot").is_file(),  # `python envs/build.py lerobot` makes it
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,40 @@ def test_a_mistake_gets_one_line(path, value, message):
     with pytest.raises(UserError, match=message) as error:
         checked(with_(path, value))
     assert "\n" not in str(error.value)
+
+
+def test_a_policy_runs_in_a_named_environment_or_under_a_named_interpreter(tmp_path):
+    flow = checked(with_("policies/x", {"adapter": "openvla", "env": "openvla"}))
+    assert (flow.environment("x"), flow.interpreter("x")) == ("../envs/openvla.yaml", "python")
+    flow = checked(with_("policies/x", {"adapter": "lerobot", "env": sys.executable}))
+    assert (flow.environment("x"), flow.interpreter("x")) == (None, sys.executable)
+    with pytest.raises(
+        UserError, match=r"policies\.x\.env: '/no/python' is no Python interpreter here; see envs/build\.py"
+    ):
+        checked(with_("policies/x", {"adapter": "lerobot", "env": "/no/python"}))
+    with pytest.raises(UserError, match=r"policies\.x\.env: 'openvla2' is unknown; did you mean 'openvla'"):
+        checked(with_("policies/x", {"adapter": "openvla", "env": "openvla2"}))
+
+
+def test_the_doctor_is_told_how_to_reach_a_running_server():
+    endpoint = {"endpoint": "ws://lab:80", "revision": "r", "token_env": "TOKEN", "allow_plaintext": True}
+    flow = checked(with_("policies/x", endpoint))
+    assert flow.endpoint_arguments("x") == "--allow-plaintext --endpoint ws://lab:80 --token-env TOKEN "
+    assert checked(with_("policies/x", {"adapter": "openvla", "env": "openvla"})).endpoint_arguments("x") == ""
+
+
+def test_without_a_lab_trials_say_which_tasks_there_are(tmp_path):
+    for task in ("put_carrot", "close_drawer"):
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "0.json").touch()
+    mapping = with_("lab", {"scene": "none", "tasks": [], "image_size": 256, "horizon": 18}) | {
+        "trials": {"root": str(tmp_path)}
+    }
+    flow = checked(mapping)
+    assert flow.config.lab.tasks == ("close_drawer", "put_carrot") and flow.worlds == ("world_model",)
+    assert flow.per_rollout("{world}/{policy}/{shard}")[0].startswith("world_model/")
+    with pytest.raises(UserError, match=r"trials\.root: is empty; without a lab"):
+        checked(mapping | {"trials": {}})
 
 
 @pytest.fixture

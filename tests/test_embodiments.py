@@ -16,6 +16,47 @@ def test_bridge_scaling_as_published():
     np.testing.assert_allclose(converted[1], [-1.74, 0, 1.05, 0, 0, 0, 1, 0, 0, 0], rtol=1e-5)
 
 
+def test_libero_and_droid_scaling():
+    """LIBERO's own unit is the controller's full deflection: 0.05 m and 0.5 rad; DROID is as the WidowX, ungripped."""
+    libero = embodiments.to_world_model(ACTIONS[0], "libero", "worldgym")
+    np.testing.assert_allclose(libero, [0.2, -0.4, 1.0, 0.2, -0.5, 0.4, -1, 0, 0, 0], rtol=1e-6)
+    turned = embodiments.to_world_model([0, 0, 0, 0.5, 0, 0, 0.5], "libero", "rehearsal")
+    assert turned[[3, 6]].tolist() == pytest.approx([2.8, 1])  # half open counts as closed
+    droid = embodiments.to_world_model([0.01, 0, -0.05, 0, 0.25, 0, 0.25], "droid", "rehearsal")
+    assert droid.tolist() == pytest.approx([0.35, 0, -1.75, 0, 1.4, 0, 0.5, 0, 0, 0])
+    with pytest.raises(UserError, match="'worldgym' is unknown for droid"):
+        embodiments.scale("droid", "worldgym")
+
+
+def test_rt1_is_unscaled_its_gripper_relative_and_its_base_live():
+    opening = np.float32([1, 0, 0, 1, 1, 0])
+    actions = np.zeros((6, 10), np.float32)
+    actions[:, 0], actions[:, 4], actions[:, 6], actions[:, 7:] = 0.13, -0.4, opening, [0.5, -0.25, 1.5]
+    converted = embodiments.to_world_model(actions, "google_robot", "worldgym")
+    np.testing.assert_allclose(converted[0], [0.13, 0, 0, 0, -0.4, 0, 0, 0.5, -0.25, 1.5])
+    assert converted[:, 6].tolist() == [0, 1, 0, -1, 0, 1]  # nothing, closes, nothing, opens, nothing, closes
+    np.testing.assert_array_equal(embodiments.from_world_model(converted, "google_robot", "worldgym"), actions)
+    # Rows of a batch that went on from a closed gripper; a lone action.
+    rows = embodiments.to_world_model(
+        np.stack([actions[1:2]] * 2), "google_robot", "worldgym", before=np.float32([0, 1])
+    )
+    assert rows[:, 0, 6].tolist() == [0, 1]
+    assert embodiments.to_world_model(actions[0], "google_robot", "worldgym", before=0.0)[6] == -1
+    assert embodiments.from_world_model(converted[1], "google_robot", "worldgym")[6] == 0
+
+
+def test_a_relative_gripper_is_followed_beyond_half_of_its_range():
+    assert embodiments.follow_gripper(np.array([0.4, 0.6, 0.0, -0.5, -0.51]), 1.0).tolist() == [1, 0, 0, 0, 1]
+    assert embodiments.follow_gripper(np.array([[0.0], [0.0]]), np.array([0.0, 1.0])).tolist() == [[0], [1]]
+
+
+def test_mirroring_turns_the_base_about():
+    action = np.float32([0.1, 0.2, 0, 0, 0, 0, 1, 0.3, 0.4, 0.5])
+    np.testing.assert_array_equal(
+        embodiments.mirror_actions(action, "google_robot"), np.float32([0.1, -0.2, 0, 0, 0, 0, 1, 0.3, -0.4, -0.5])
+    )
+
+
 @pytest.mark.parametrize("embodiment", ["widowx", "tabletop"])
 def test_full_range_survives_the_round_trip(embodiment):
     there = embodiments.to_world_model(ACTIONS, embodiment, "rehearsal")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 
+import pandas as pd
 import pytest
 
 from tests.chain import MINI, ROOT, assert_same_tables, copy_of, processes_of, run, tables
@@ -45,6 +48,39 @@ def test_shards_change_nothing(finished, tmp_path):
     assert_same_tables(finished, folder)
 
 
+def test_photographs_are_ranked_without_real_results_and_with_somebodys_own(finished, tmp_path):
+    """First frames that no lab can start from: ranked by imagination alone; a CSV of real results is set beside it."""
+    folder = copy_of(finished, tmp_path / "photographs", "trials", "rollouts", "judgements", "tables")
+    shutil.copytree(finished / "results" / "trials", tmp_path / "photos", ignore=shutil.ignore_patterns("trials.json"))
+    for path in (tmp_path / "photos").rglob("*.json"):
+        fields = json.loads(path.read_text())
+        del fields["initial_state"]
+        path.write_text(json.dumps(fields))
+    ranking, override = "results/tables/policy_ranking.csv", f"trials={{root: {tmp_path / 'photos'}}}"
+    run(folder, "--", ranking, overrides=(override,))
+    table = pd.read_csv(folder / ranking)
+    assert table["rank_imagined"].notna().all() and (table["n_imagined"] == 6).all()
+    assert table[["rank_real", "success_real", "n_real"]].isna().all(axis=None)
+    assert (folder / "results/tables/agreement.csv").is_file()
+
+    rows = [f"{policy},{task},{rate},20,us" for policy, rate in (("bc_3", 0.2), ("bc_6", 0.6), ("random", 0.0))
+            for task in ("lift", "push_left")]  # fmt: skip
+    (tmp_path / "reality.csv").write_text("\n".join(["policy,task,success,n,source", *rows]) + "\n")
+    run(folder, "--", ranking, overrides=(override, f"reality={tmp_path / 'reality.csv'}"))
+    table = pd.read_csv(folder / ranking).set_index("policy")
+    assert table["rank_real"].to_dict() == {"bc_6": 1, "bc_3": 2, "random": 3}
+    assert table["success_real"]["bc_6"] == pytest.approx(0.6) and (table["n_real"] == 40).all()
+
+
+def test_the_doctor_passes_the_tabletops_own_policies(finished, tmp_path):
+    folder = copy_of(finished, tmp_path / "examined")
+    run(folder, "doctor")
+    for policy in ("bc_3", "bc_6", "random"):
+        found = pd.read_csv(folder / "results" / "doctor" / f"{policy}.csv").set_index("check")["outcome"]
+        assert len(found) == 12 and set(found) == {"passed", "not judged"}, policy
+        assert found["same_seed"] == found["other_seed"] == found["image"] == "passed"
+
+
 def test_wrong_configuration_stops_before_any_job_with_one_line(tmp_path):
     done = run(tmp_path, "--dry-run", check=False, overrides=("lab={horizn: 3}",))
     assert done.returncode != 0
@@ -63,7 +99,6 @@ def _lab_keys() -> str:
 
 @pytest.mark.parametrize("config", sorted((ROOT / "config").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_configuration_builds_its_graph(tmp_path, config):
-    without_policies = {"worldgym.yaml": ("results/worldgym/figures/sweeps/sheet.png", "import_world_model")}
-    target, rule = without_policies.get(config.name, ("results/tables/policy_ranking.csv", "serve_policy"))
-    done = run(tmp_path, "--dry-run", target, config=config)
-    assert re.search(rf"{rule}\s+\d+", done.stdout)
+    target = "rollouts" if config.name == "worldgym.yaml" else "results/tables/policy_ranking.csv"
+    done = run(tmp_path, target, "--dry-run", config=config)
+    assert re.search(r"serve_policy\s+\d+", done.stdout)

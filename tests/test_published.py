@@ -6,6 +6,7 @@ import copy
 import hashlib
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -79,17 +80,56 @@ def test_the_other_published_file_is_known_by_its_name(tmp_path):
     assert checked(WORLDGYM).checkpoint == "results/worldgym/downloads/checkpoint.pt"
 
 
-def test_ranking_without_policies_ends_with_one_line_and_leaves_no_lock(tmp_path):
-    for target in ("results/worldgym/tables/policy_ranking.csv", "results/worldgym/gallery/index.html"):
-        done = run(tmp_path, target, config=CONFIG, check=False)
+def test_what_cannot_be_ranked_ends_with_one_line_and_leaves_no_lock(tmp_path):
+    text = CONFIG.read_text()
+    (tmp_path / "no_policies.yaml").write_text(text[: text.index("policies: #")])
+    nothing, no_lab = (
+        "error: policies: is empty, so there is nothing to roll out",
+        "error: judges.primary: the learned judges need a lab's episodes, and lab.scene is none",
+    )
+    for target, config, says in (
+        ("results/worldgym/tables/policy_ranking.csv", tmp_path / "no_policies.yaml", nothing),
+        ("results/worldgym/gallery/index.html", tmp_path / "no_policies.yaml", nothing),
+        ("results/worldgym/tables/policy_ranking.csv", CONFIG, no_lab),
+    ):
+        done = run(tmp_path, target, config=config, check=False)
         (line,) = errors(done)
-        assert done.returncode == 2 and line.startswith("error: policies: is empty, so there is nothing to roll out")
+        assert done.returncode == 2 and line.startswith(says)
         assert "Traceback" not in done.stderr
     run(tmp_path, "--dry-run", MODEL, config=CONFIG)
 
 
+def test_the_papers_policies_are_served_beside_their_rollouts(tmp_path):
+    """policy x shard: a server in the policy's own environment, and its only consumer in the same group."""
+    printed = run(tmp_path, "rollouts", "--dry-run", config=CONFIG).stdout
+    assert re.search(r"serve_policy +24\n", printed) and re.search(r"roll_out +24\n", printed)
+    pairs = [
+        (re.findall(r"    rule (\w+):", group), re.findall(r"endpoints/(\w+/\d)\.json", group))
+        for group in printed.split("Group job ")[1:]
+    ]
+    policies = ("octo_base", "octo_small", "openvla", "openvla_v01", "rt_1_x", "spatialvla")
+    assert all(set(rules) == {"roll_out", "serve_policy"} and len(set(ends)) == 1 for rules, ends in pairs)
+    assert {ends[0] for _, ends in pairs} == {f"{policy}/{shard}" for policy in policies for shard in range(4)}
+    judged = tmp_path / "judged.yaml"
+    judged.write_text(
+        CONFIG.read_text() + "judges: {primary: vlm, vlm: {vlm: {model: m, base_url: 'http://127.0.0.1:9/v1'}}}\n"
+    )
+    printed = run(tmp_path, "results/worldgym/tables/policy_ranking.csv", "--dry-run", config=judged).stdout
+    assert re.search(r"ask_vlm +1\n", printed) and re.search(r"make_tables +1\n", printed)
+    assert (
+        "train_judge" not in printed
+        and "record_episodes" not in printed
+        and "rollouts/lab" not in printed.split("ask_vlm:")[1]
+    )
+    flow = checked(WORLDGYM)
+    environments = [flow.environment(policy) for policy in policies]
+    assert environments == [
+        f"../envs/{name}.yaml" for name in ("octo", "octo", "openvla", "openvla", "rt1x", "spatialvla")
+    ]
+
+
 def test_an_empty_source_trains_the_same_network(tmp_path):
-    training = ("world_model={source: {checkpoint: ''}, alignment: leads_to}",)
+    training = ("world_model={source: {checkpoint: ''}, alignment: leads_to}", "lab={scene: one_block, tasks: [lift]}")
     printed = run(tmp_path, "--dry-run", "--quiet", "rules", "--", MODEL, config=CONFIG, overrides=training).stdout
     assert all(rule in printed for rule in ("train_world_model", "cache_latents", "fetch_tokenizer"))
     assert all(rule not in printed for rule in ("import_world_model", "fetch_checkpoint", "train_tokenizer"))

@@ -16,6 +16,7 @@ from workflow_src.common.errors import UserError
 from workflow_src.common.seeds import rng
 from workflow_src.common.video import read_video
 from workflow_src.policies.client import PolicyError
+from workflow_src.policies.wire import Metadata
 from workflow_src.rollouts import run as running
 from workflow_src.rollouts.loop import Item, roll_out
 from workflow_src.rollouts.records import COLUMNS, Recorder, Source, read_frames, read_records
@@ -28,17 +29,22 @@ SIZE, HORIZON = 16, 6
 class FakeWorld:
     """Shows noise that depends on (trial, repeat, step) and on all actions so far; knows its truth when told to."""
 
-    def __init__(self, num_envs, truth=False):
+    def __init__(self, num_envs, truth=False, width=7):
         self.num_envs, self.truth, self.batches, self.actions = num_envs, truth, [], []
+        self.single_action_space = SimpleNamespace(shape=(width,))
 
     def reset(self, *, seed, options):
         assert len(seed) == len(options["trials"]) == self.num_envs
-        self.trials, self.moved, self.steps = options["trials"], np.zeros((self.num_envs, 7)), 0
+        self.trials, self.moved, self.steps = (
+            options["trials"],
+            np.zeros((self.num_envs, *self.single_action_space.shape)),
+            0,
+        )
         self.batches.append([trial["trial_id"] for trial in self.trials])
         return {"image": np.stack([trial["image"] for trial in self.trials])}, self._info()
 
     def step(self, actions):
-        assert actions.shape == (self.num_envs, 7) and actions.dtype == np.float32
+        assert actions.shape == self.moved.shape and actions.dtype == np.float32
         self.actions.append(actions.copy())
         self.moved += actions
         self.steps += 1
@@ -73,10 +79,10 @@ class FakeWorld:
 class FakePolicy:
     """Chunks of `chunk` actions, each a function of image, seed and step; says stop in trial `stops` at step 4."""
 
-    def __init__(self, chunk=2, stops=None, fails=None):
-        self.metadata = SimpleNamespace(name="fake", batched=True)
+    def __init__(self, chunk=2, stops=None, fails=None, execution="all", ensemble=0.0, base=None):
+        self.metadata = Metadata(name="fake", batched=True, execution=execution, ensemble=ensemble)
         self.metadata_digest = "0123456789abcdef"
-        self.chunk, self.stops, self.fails, self.asked = chunk, stops, fails, []
+        self.chunk, self.stops, self.fails, self.base, self.asked = chunk, stops, fails, base, []
 
     def infer(self, observation):
         rows = len(observation["image"])
@@ -90,7 +96,8 @@ class FakePolicy:
         for row, (prompt, step) in enumerate(zip(observation["prompt"], observation["step"])):
             for k in range(self.chunk):
                 terminate[row, k] = prompt == self.stops and step + k == 3
-        return {"actions": actions, "terminate": terminate}
+        moved = {} if self.base is None else {"base": np.full((rows, self.chunk, 3), self.base, np.float32)}
+        return {"actions": actions, "terminate": terminate, **moved}
 
     def _chunk(self, observation, row):
         names = (int(observation["step"][row]), int(observation["image"][row].astype(int).sum()))
@@ -176,18 +183,49 @@ def test_a_failure_of_the_whole_batch_names_its_trials():
         rolled(FakeWorld(3), Dead(), items(3))
 
 
-def test_a_moving_base_is_refused_and_a_resting_one_is_not():
-    class Driving(FakePolicy):
-        speed = 0.0
+def test_a_moving_base_is_refused_where_it_is_fixed_and_carried_where_it_is_not():
+    assert rolled(FakeWorld(1), FakePolicy(base=0.0), items(1))
+    with pytest.raises(UserError, match="moves the robot's base, and this world's robot has a fixed one"):
+        rolled(FakeWorld(1), FakePolicy(base=0.1), items(1))
+    driving, parked = FakePolicy(base=0.1, stops="lift number 0"), FakePolicy()
+    (rollout,) = rolled(FakeWorld(1, width=10), driving, items(1))
+    assert rollout.actions.shape == (HORIZON, 10)
+    assert np.all(rollout.actions[:4, 7:] == np.float32(0.1)) and np.all(rollout.actions[4:, 7:] == 0)
+    (rollout,) = rolled(FakeWorld(1, width=10), parked, items(1))
+    assert np.all(rollout.actions[:, 7:] == 0) and np.any(rollout.actions[:, :7])
 
-        def infer(self, observation):
-            reply = super().infer(observation)
-            return reply | {"base": np.full((*reply["actions"].shape[:2], 3), self.speed, np.float32)}
 
-    assert rolled(FakeWorld(1), Driving(), items(1))
-    Driving.speed = 0.1
-    with pytest.raises(UserError, match="moves the robot's base"):
-        rolled(FakeWorld(1), Driving(), items(1))
+def test_of_a_chunk_the_first_action_may_be_executed_alone():
+    policy = FakePolicy(chunk=3, execution="first")
+    (rollout,) = rolled(FakeWorld(1), policy, items(1))
+    assert [asked for asked, _ in policy.asked] == [[step] for step in range(HORIZON)]
+    (alone,) = rolled(FakeWorld(1), FakePolicy(chunk=1), items(1))
+    assert np.array_equal(rollout.actions[0], alone.actions[0])
+
+
+class Foretelling(FakePolicy):
+    """At step s foretells 10 s + k for step s + k, so that every query's share in an action can be told."""
+
+    def _chunk(self, observation, row):
+        return np.float32(10 * observation["step"][row] + np.arange(self.chunk))[:, None] * np.ones(7, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("m", "expected"),
+    [
+        # Step 1: (1, 10); step 2: (2, 11, 20); step 3: (12, 21, 30), the oldest first.
+        (0.0, [0, 5.5, 11, 21]),
+        (
+            -0.8,
+            [0, (1 + 10 * 2.225541) / 3.225541, (2 + 11 * 2.225541 + 20 * 4.953032) / 8.178573, 25.350064],
+        ),  # exp(0.8), exp(1.6)
+    ],
+)
+def test_ensemble_of_overlapping_chunks(m, expected):
+    policy = Foretelling(chunk=3, execution="ensemble", ensemble=m)
+    (rollout,) = rolled(FakeWorld(1), policy, items(1))
+    assert rollout.actions[:4, 0] == pytest.approx(expected, rel=1e-5)
+    assert len(policy.asked) == HORIZON
 
 
 # ---- records --------------------------------------------------------------------------------------------------------
@@ -322,6 +360,15 @@ def test_trials_no_lab_can_start_are_rehearsed_only(job, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "load_trials", lambda path: [trial(0), photo])
     running.run(*job, FakePolicy())
     assert set(by_name(tmp_path / "lab").trial_id) == {"lift/0000"} and len(by_name(tmp_path / "wm")) == 4
+
+
+def test_without_a_lab_everything_is_rehearsed_only(job, tmp_path, monkeypatch):
+    content = json.loads((tmp_path / "stage.json").read_text())
+    content["lab"] |= {"scene": "none", "embodiment": "widowx", "tasks": []}
+    (tmp_path / "stage.json").write_text(json.dumps(content))
+    monkeypatch.setattr(running, "make_lab", lambda lab, num_envs: pytest.fail("there is no lab"))
+    running.run(load_stage(tmp_path / "stage.json"), job[1], FakePolicy())
+    assert len(pd.read_parquet(job[1].lab_out)) == 0 and len(by_name(tmp_path / "wm")) == 4
 
 
 def test_model_digest_follows_weights_and_settings_but_not_provenance(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 
@@ -95,9 +96,50 @@ def test_environment_files_follow_the_constraints(name):
     assert path.read_text() == text(name), "run: python envs/make_environments.py"
     environment = yaml.safe_load(path.read_text())
     (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
-    for pin in pip:
+    ours = [pin for pin in pip if pin not in ENVIRONMENTS[name].pins]
+    for pin in ours:
         package, _, version = pin.partition("==")
         assert pins()[package.lower()] == version
+
+
+def package_of(pin):
+    return re.match(r"[\w.-]+", pin).group().lower()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "envs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_environment_is_pinned_and_holds_what_its_servers_need(path):
+    assert path.stem in ENVIRONMENTS, "write it by envs/make_environments.py"
+    python, _, entry = yaml.safe_load(path.read_text())["dependencies"]
+    assert python in ("python=3.10", "python=3.11")
+    exact = re.compile(r"[\w.-]+(\[[\w,]+\])?==\d[\w.]*|[\w.-]+ @ git\+https://\S+@[0-9a-f]{40}")
+    assert [pin for pin in entry["pip"] if not exact.fullmatch(pin)] == []
+    names = [package_of(pin) for pin in entry["pip"]]
+    assert len(names) == len(set(names)) and "snakemake" not in names
+    assert {"msgpack", "numpy", "pillow", "pyyaml", "websockets"} <= set(names)
+    assert ("torch" in names) == (path.stem not in ("octo", "rt1x")), "a policy in JAX needs no torch"
+
+
+def test_locks_agree_with_their_environments():
+    """A lock may hold a torch for CPUs and newer pure-Python packages, but the policy's own code is that of the file."""
+    for lock in (ROOT / "envs").glob("*.lock"):
+        locked = [line for line in lock.read_text().splitlines() if not line.startswith("#")]
+        assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in locked)
+        own = {package_of(pin): pin.partition("==")[2] for pin in ENVIRONMENTS[lock.stem].pins}
+        found = {package_of(line): line.partition("==")[2] for line in locked}
+        assert set(own) <= set(found) and found[lock.stem] == own[lock.stem]
+
+
+ROOMS_OF_POLICIES = ("common", "policies")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [PACKAGE / "embodiments.py", *(p for room in ROOMS_OF_POLICIES for p in sorted((PACKAGE / room).rglob("*.py")))],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_what_policy_environments_import_is_python_3_10(path):
+    ast.parse(path.read_text(), feature_version=(3, 10))
+    assert "tomllib" not in [module for module, _ in imports(path)]  # from 3.11 on
 
 
 def test_notebooks_hold_no_output():

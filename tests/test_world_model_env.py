@@ -137,6 +137,21 @@ def test_an_action_of_a_model_that_skips_frames_spans_several_control_steps():
     assert np.array_equal(videos["all"][0], videos["every second"][0])
 
 
+def test_a_relative_gripper_is_remembered_from_step_to_step_and_the_base_moves():
+    """RT-1: closing shows once, staying closed is no command; a new rollout begins open."""
+    env = make(world(replace(CARD, embodiment="google_robot")))
+    converted = []
+    env._convert = lambda actions, convert=env._convert: converted.append(convert(actions)) or converted[-1]
+    closed = np.zeros((PLACES, 10), np.float32)
+    closed[:, 7:] = 0.5
+    for _ in range(2):
+        env.reset(seed=list(range(PLACES)), options={"trials": trials()})
+        for actions in (closed, closed, closed[:, :7]):
+            env.step(actions)
+    assert [float(one[0, 0, 6]) for one in converted] == [1, 0, 0] * 2
+    assert [one[0, 0, 7:].tolist() for one in converted] == [[0.5] * 3, [0.5] * 3, [0.0] * 3] * 2
+
+
 def test_chunks():
     chunky = world(replace(CARD, sampler=replace(CARD.sampler, horizon=2)))
     env, given = make(chunky, horizon=4), trials()

@@ -108,6 +108,16 @@ class Workflow:
         table = folder / "episodes.parquet"
         return str(table if table.is_file() else folder)
 
+    @property
+    def recording(self) -> str | Callable:
+        """The stage file that recording starts from; without a lab, what ends Snakemake when recordings are asked for."""
+        return _nothing_to_record if self.config.lab.scene == "none" else self.stage("episodes")
+
+    @property
+    def worlds(self) -> tuple[str, ...]:
+        """The worlds that policies are rolled out in."""
+        return WORLDS[1:] if self.config.lab.scene == "none" else WORLDS
+
     def caches(self, split: str, datasets: Iterable[str]) -> list[str]:
         """Latent caches of a split; none where latents are encoded on the fly."""
         cached = self.config.world_model.latents == "cached"
@@ -116,6 +126,23 @@ class Workflow:
     def served(self, policy: str) -> bool:
         """Whether the workflow starts this policy's server itself."""
         return not self.config.policies[policy].endpoint
+
+    def environment(self, policy: str) -> str | None:
+        """Conda environment of a policy's server: a file beside the rules; None where an interpreter is configured."""
+        env = self.config.policies[policy].env
+        return None if "/" in env else f"../envs/{env}.yaml"
+
+    def interpreter(self, policy: str) -> str:
+        """What runs a policy's server: the environment's Python, or the configured one."""
+        env = self.config.policies[policy].env
+        return shlex.quote(str(Path(env).expanduser())) if "/" in env else "python"
+
+    def endpoint_arguments(self, policy: str) -> str:
+        """How the doctor reaches a policy whose server is already running; empty: it serves the policy itself."""
+        one = self.config.policies[policy]
+        given = {"--endpoint": one.endpoint, "--token-env": one.token_env}
+        plain = "--allow-plaintext " if one.allow_plaintext else ""
+        return plain + "".join(f"{flag} {shlex.quote(value)} " for flag, value in given.items() if value)
 
     def network_files(self, policy: str) -> list[str]:
         """The trained files that a policy's server loads."""
@@ -129,13 +156,24 @@ class Workflow:
         return [
             template.format(results=self.results, world=w, policy=p, shard=s)
             for w in worlds
+            if w in self.worlds
             for p in self.config.policies
             for s in range(self.config.rollouts.shards)
         ]
 
-    def judgements(self) -> list[str]:
-        """The judgements of all configured judges, one file for each job that judges."""
-        names = ["learned", *self.config.judges.vlm, *([HUMAN] if self.config.judges.human.labels else [])]
+    def judgements(self) -> list[str] | Callable:
+        """The judgements of all configured judges, one file for each job that judges.
+
+        Without a lab there is nothing that the learned ones could learn from: ranking by them ends Snakemake.
+        """
+        lab = self.config.lab.scene != "none"
+        if not lab and self.config.judges.primary in LEARNED:
+            return _nothing_to_judge_by if self.config.policies else _nothing_to_rank
+        names = [
+            *(["learned"] if lab else []),
+            *self.config.judges.vlm,
+            *([HUMAN] if self.config.judges.human.labels else []),
+        ]
         return [f"{self.results}/judgements/{name}.parquet" for name in names]
 
     def probes(self) -> list[str]:
@@ -213,7 +251,7 @@ def _stages(config: Config) -> dict[str, dict[str, Any]]:
 
 def checked(mapping: dict[str, Any]) -> Workflow:
     """Build and cross-check the configuration that Snakemake merged. Raises `UserError` before any job starts."""
-    config = configuration.from_dict(Config, mapping)
+    config = _with_tasks(configuration.from_dict(Config, mapping))
     _check_lab(config)
     _check_policies(config)
     _check_judges(config)
@@ -226,9 +264,22 @@ def checked(mapping: dict[str, Any]) -> Workflow:
     return Workflow(config)
 
 
+def _with_tasks(config: Config) -> Config:
+    """Without a lab, tasks that are not named are the folders of the trials."""
+    root = Path(config.trials.root)
+    if config.lab.scene != "none" or config.lab.tasks or not root.is_dir():
+        return config
+    tasks = tuple(sorted({path.parent.name for path in root.glob("*/*.json")}))
+    return replace(config, lab=replace(config.lab, tasks=tasks))
+
+
 def _check_lab(config: Config) -> None:
     from workflow_src.tabletop.tasks import tasks_of
 
+    if config.lab.scene == "none":
+        if not config.trials.root:
+            raise UserError("trials.root: is empty; without a lab (lab.scene: none) name a folder of first frames")
+        return
     allowed = tasks_of(config.lab.scene)
     for i, task in enumerate(config.lab.tasks):
         check_name(f"lab.tasks[{i}]", task, allowed)
@@ -325,7 +376,10 @@ def _check_policies(config: Config) -> None:
             _check_endpoint(path, policy)
             continue
         check_name(f"{path}.adapter", policy.adapter, ADAPTERS)
-        check_name(f"{path}.env", policy.env, [file.stem for file in (ROOT / "envs").glob("*.yaml")])
+        if "/" not in policy.env:
+            check_name(f"{path}.env", policy.env, [file.stem for file in (ROOT / "envs").glob("*.yaml")])
+        elif not os.access(Path(policy.env).expanduser(), os.X_OK):
+            raise UserError(f"{path}.env: {policy.env!r} is no Python interpreter here; see envs/build.py")
         if policy.network:
             check_name(f"{path}.network", policy.network, config.behaviour_cloning)
             snapshots = config.behaviour_cloning[policy.network].snapshots
@@ -480,6 +534,22 @@ def _end(error: UserError) -> None:
 def _nothing_to_rank(wildcards: Any) -> None:
     """The input of rules that need rollouts. Snakemake asks while it builds its graph, before any job and any lock."""
     _end(UserError("policies: is empty, so there is nothing to roll out and to rank; name at least one policy"))
+
+
+def _nothing_to_judge_by(wildcards: Any) -> None:
+    """The input of rules that need judgements, where only judges are configured that learn from a lab's episodes."""
+    _end(UserError(
+        "judges.primary: the learned judges need a lab's episodes, and lab.scene is none; configure one of judges.vlm or "
+        "human labels"
+    ))  # fmt: skip
+
+
+def _nothing_to_record(wildcards: Any) -> None:
+    """The input of the rule that records episodes."""
+    _end(UserError(
+        "lab.scene: is none, so there is no lab to record episodes in, which a tokenizer, a world model or a judge would "
+        "learn from; roll out (target `rollouts`), or choose a scene"
+    ))  # fmt: skip
 
 
 def require_keys(workflow: Workflow, jobs: Iterable[Any]) -> None:

@@ -27,8 +27,9 @@ class Lab:
     """The place where truth comes from: any Gymnasium vector environment of DESIGN's API (default: the MuJoCo tabletop)."""
 
     env_id: str = "workflow_src.tabletop.env:Tabletop-v0"
-    scene: Literal["one_block", "two_blocks"] = "one_block"
-    tasks: tuple[str, ...] = ("put_on_plate", "lift", "push_left")
+    # `none`: the robot is not at hand. Trials come from `trials.root`, and truth, if at all, from `reality`.
+    scene: Literal["one_block", "two_blocks", "none"] = "one_block"
+    tasks: tuple[str, ...] = ("put_on_plate", "lift", "push_left")  # without a lab, empty: the folders of `trials.root`
     image_size: int = 48  # pixels, square
     supersample: int = 2  # rays per pixel side
     horizon: int = 18  # environment steps of every episode and rollout
@@ -224,9 +225,17 @@ class Policy:
     network: str = ""  # name of a behaviour-cloning run, for adapters that need one
     snapshot: int = 0  # training step of that run
     options: dict[str, float] = field(default_factory=dict)  # adapter options: noise (m), gripper_flips, gain, ...
-    env: str = "tabletop"  # conda environment: envs/<env>.yaml
+    # Of a published policy. Its `revision` is the commit of the hub repository.
+    checkpoint: str = ""  # hub repository (owner/name) or folder; empty: the one the adapter is named after
+    statistics: str = ""  # data set whose statistics un-normalise its actions; empty: that of the lab's embodiment
+    dtype: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] = "auto"  # auto: as published
+    device: str = ""  # torch's or JAX's name of it; empty: the GPU where there is one
+    offline: bool = False  # load from disk alone
+    execution: Literal["", "first", "all", "ensemble"] = ""  # what is done of a chunk of actions; empty: as published
+    files: dict[str, str] = field(default_factory=dict)  # further files of an adapter: name → path
+    env: str = "tabletop"  # conda environment envs/<env>.yaml, or path of a Python interpreter
     endpoint: str = ""  # ws://host:port of a server that is already running, instead of adapter and env
-    revision: str = ""  # what that server serves, required with `endpoint`
+    revision: str = ""  # what that server serves, required with `endpoint`; of a checkpoint: see above
     token_env: str = ""  # environment variable that holds its token
     allow_plaintext: bool = False  # permit ws:// to another machine
 

@@ -11,22 +11,25 @@ import numpy as np
 from workflow_src.common.errors import UserError
 from workflow_src.common.files import atomic_path
 
+LOSSLESS = {"qp": "0", "preset": "ultrafast"}
+LOSSY = {"crf": "18", "preset": "veryfast", "x264-params": "rc-lookahead=0:mbtree=0"}
+
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float, lossless: bool = True, keyframes: int = 0) -> None:
     """Write uint8 `(T, H, W, 3)` RGB frames as an H.264 mp4.
 
     `lossless` stores RGB exactly (4:4:4, quantiser 0). Otherwise yuv420p, which every browser plays; height and width must
     then be even. At least every `keyframes`-th frame can be decoded without others; 0: the encoder's choice. One encoder
-    thread: the bytes are the same on every run.
+    thread and no look-ahead (which now and then decides otherwise on small frames): the bytes are the same on every run.
     """
     import av
 
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise ValueError(f"frames must be uint8 (T>0, H, W, 3), got {frames.dtype} {frames.shape}")
     with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
-        options = {"qp": "0", "preset": "ultrafast"} if lossless else {"crf": "18", "preset": "veryfast"}
+        options = LOSSLESS if lossless else LOSSY
         if keyframes:
-            options |= {"g": str(keyframes), "bf": "0"}
+            options = {**options, "g": str(keyframes), "bf": "0"}
         codec = "libx264rgb" if lossless else "libx264"
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000), options=options)
         stream.height, stream.width = frames.shape[1:3]

@@ -23,7 +23,14 @@ class RandomWalk:
     def __init__(self, options: dict[str, float], control_rate: float, batch: int):
         self._options = options
         revision = digest({"adapter": "tabletop_random", "revision": REVISION, "options": options})
-        self.metadata = Metadata(control_rate=control_rate, chunk=1, batched=True, batch=batch, revision=revision)
+        self.metadata = Metadata(
+            control_rate=control_rate,
+            chunk=1,
+            batched=True,
+            batch=batch,
+            revision=revision,
+            extra={"blind": True, "sampling": True},
+        )
 
     def act(self, observation: Observation) -> dict[str, np.ndarray]:
         walks = [self.action(int(seed), int(step)) for seed, step in zip(observation.seed, observation.step)]

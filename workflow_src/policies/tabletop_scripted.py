@@ -27,10 +27,11 @@ class Scripted:
 
         self._network, self._options, self._scene, self._expert = network, options, lab.scene, expert.actions
         self._tasks = {tasks.TASKS[name].instruction: name for name in tasks.tasks_of(lab.scene)}
+        sampling = bool(options["noise"] or options["gripper_flips"])
         revision = digest({"network": network.revision, "options": options, "revision": REVISION})
         self.metadata = Metadata(
             control_rate=get(lab.embodiment).control_hz, chunk=1, batched=True, batch=network.batch,
-            image_size=network.image_size, revision=revision,
+            image_size=network.image_size, revision=revision, extra={"sampling": sampling},
         )  # fmt: skip
 
     def act(self, observation: Observation) -> dict[str, np.ndarray]:

@@ -116,6 +116,8 @@ class Metadata:
     units: str = "metric"  # metres and radians per control step
     control_rate: float = 0.0  # Hz the policy was trained at; 0: unknown
     chunk: int = 0  # actions per answer; 0: unknown, any number is accepted
+    execution: str = "all"  # of a chunk: `all`, `first`, or `ensemble` of overlapping ones; see rollouts/loop.py
+    ensemble: float = 0.0  # m of an ensemble's weights exp(-m i), i = 0 the oldest; 0: plain mean
     history: int = 1  # observations the policy looks back on
     gripper: str = "open_fraction"  # convention of the seventh number: 1 open, 0 closed
     batched: bool = False  # takes (N, ...) observations

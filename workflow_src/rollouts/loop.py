@@ -24,10 +24,10 @@ ACTION = 7  # dx, dy, dz (m), droll, dpitch, dyaw (rad), gripper_open [0, 1]
 class Client(Protocol):
     """What the loop needs of a policy: `policies.client.PolicyClient`."""
 
-    metadata: Any  # with `.name`
+    metadata: Any  # with `.name`, `.execution`, `.ensemble`: `policies.wire.Metadata`
 
     def infer(self, observation: dict[str, Any]) -> dict[str, np.ndarray]:
-        """N rows of `image`, `prompt`, `episode`, `step`, `seed` → checked `actions` (N, K, 7), maybe `terminate`."""
+        """N rows of `image`, `prompt`, `episode`, `step`, `seed` → checked `actions` (N, K, 7), maybe `base`, `terminate`."""
         ...
 
 
@@ -60,7 +60,7 @@ class Rollout:
 
     item: Item
     frames: np.ndarray  # uint8 (T+1, H, W, 3)
-    actions: np.ndarray  # float32 (T, 7) metric; after termination: no motion, last gripper
+    actions: np.ndarray  # float32 (T, 7) metric, (T, 10) with base; after termination: no motion, last gripper
     steps: int  # environment steps the policy made, 1..T
     terminated: bool  # by the policy
     seconds: float  # wall time, the rollout's share of its batch
@@ -75,6 +75,9 @@ def roll_out(
     """Roll all `items` out in `env` (a `VectorEnv`), batch by batch; yield the finished rollouts of each batch.
 
     `stepped(n)` is called after every environment step with the number of rollouts that it advanced.
+    Of an answered chunk, the policy's `metadata.execution` says what is executed: `all` of it before the next query; its
+    `first` action; or, with a query every step, the `ensemble` of what all chunks so far foretold for this step, weighted
+    by exp(-m i) with m = `metadata.ensemble` and i = 0 for the oldest (ACT, arXiv 2304.13705).
     Raises `UserError` naming policy, trial and step when the policy fails, hangs or answers what is no action.
     """
     for start in range(0, len(items), env.num_envs):
@@ -87,9 +90,10 @@ class _Batch:
     def __init__(self, env: Any, client: Client, items: Sequence[Item], horizon: int):
         self.env, self.client, self.items, self.horizon = env, client, items, horizon
         self.queues: list[deque[tuple[np.ndarray, np.bool_]]] = [deque() for _ in items]
+        self.chunks: list[deque[np.ndarray]] = [deque() for _ in items]  # of an ensemble, oldest first
         self.steps = np.zeros(len(items), int)
         self.terminated = np.zeros(len(items), bool)
-        self.actions = np.zeros((horizon, env.num_envs, ACTION), np.float32)
+        self.actions = np.zeros((horizon, env.num_envs, *env.single_action_space.shape), np.float32)
         self.frames: list[np.ndarray] = []
         self.truth: dict[str, list[np.ndarray]] = {"state": [], "success": [], "partial": []}
 
@@ -133,14 +137,30 @@ class _Batch:
             # The client has checked shapes and numbers; only this loop knows which rollout a row is.
             known = getattr(error, "row", None)
             raise UserError(f"{_where(items, known)}, step {step}: {error}") from error
-        if np.any(reply.get("base", 0)):
+        base = reply.get("base", np.zeros((*reply["actions"].shape[:2], 3), np.float32))
+        if np.any(base) and self.actions.shape[-1] == ACTION:
             raise UserError(
                 f"{_where(items, None)}, step {step}: policy {self.client.metadata.name!r} moves the robot's base, "
-                "and neither world has a moving base; choose a policy without"
+                "and this world's robot has a fixed one; choose a policy without"
             )
+        answers = np.concatenate([reply["actions"], base], -1)[..., : self.actions.shape[-1]]
         terminate = reply.get("terminate", np.zeros(reply["actions"].shape[:2], bool))
-        for row, actions, ends in zip(rows, reply["actions"], terminate):
-            self.queues[row].extend(zip(actions, ends))
+        for row, actions, ends in zip(rows, answers, terminate):
+            self.queues[row].extend(self._executed(row, actions, ends))
+
+    def _executed(self, row: int, actions: np.ndarray, ends: np.ndarray) -> list[tuple[np.ndarray, np.bool_]]:
+        """What is done before the next query, of a chunk of actions (K, A) with their `terminate` (K,)."""
+        if self.client.metadata.execution == "all":
+            return list(zip(actions, ends))
+        if self.client.metadata.execution == "first":
+            return [(actions[0], ends[0])]
+        chunks = self.chunks[row]
+        chunks.append(actions)
+        if len(chunks) > len(actions):
+            chunks.popleft()
+        foretold = np.stack([chunk[age] for age, chunk in zip(reversed(range(len(chunks))), chunks)])
+        weights = np.exp(-self.client.metadata.ensemble * np.arange(len(chunks)))
+        return [((weights / weights.sum() @ foretold).astype(np.float32), ends[0])]
 
     def _act(self, step: int, running: np.ndarray) -> None:
         """Take one action from every running row's queue; finished and padding rows stand still, gripper as it was."""
@@ -174,7 +194,7 @@ class _Batch:
         # If all rows terminated early, the world stood still from there on.
         missing = self.horizon + 1 - len(self.frames)
         stood = len(self.frames) - 1
-        self.actions[stood:, :, :6] = 0
+        self.actions[stood:] = 0
         self.actions[stood:, :, 6] = self.actions[stood - 1, :, 6]
         frames = np.stack(self.frames + self.frames[-1:] * missing, 1)
         truth = {key: np.stack(kept + kept[-1:] * missing, 1) if kept else None for key, kept in self.truth.items()}

@@ -80,8 +80,8 @@ def run(stage: Stage, options: argparse.Namespace, client: PolicyClient) -> None
     """Both worlds, one after the other, with one policy connection."""
     trials, rollouts, lab = load_trials(options.trials), stage.rollouts, stage.lab
     items = shard_of(trials, rollouts.repeats, options.shard, options.shards)
-    real = [item for item in items if item.trial.initial_state is not None]
-    if len(real) < len(items):
+    real = [item for item in items if item.trial.initial_state is not None and lab.scene != "none"]
+    if len(real) < len(items) and lab.scene != "none":
         say(f"{len(items) - len(real)} trial(s) have no initial_state: not rolled out in the lab")
     hz, served, weights = get(lab.embodiment).control_hz, client.metadata_digest, model_digest(options.world_model)
     # A rollout depends on its own trial; the digest covers all, so a changed set of trials starts afresh.

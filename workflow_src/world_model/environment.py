@@ -28,8 +28,6 @@ from workflow_src.common.errors import UserError
 from workflow_src.common.seeds import rng
 from workflow_src.world_model.artefact import WorldModel, load_artefact
 
-ACTION = 7  # dx, dy, dz (m), droll, dpitch, dyaw (rad), gripper_open [0, 1]
-
 
 class WorldModelEnv(VectorEnv):
     """N imagined places. `model`: artefact folder; `seed`: of the world's noise; `horizon`: steps until `truncated`.
@@ -56,7 +54,9 @@ class WorldModelEnv(VectorEnv):
         self.sampler = self.model.sampler()
         image = gymnasium.spaces.Box(0, 255, (*self.card.image, 3), np.uint8)
         self.single_observation_space = gymnasium.spaces.Dict({"image": image})
-        self.single_action_space = gymnasium.spaces.Box(-np.inf, np.inf, (ACTION,), np.float32)
+        # dx, dy, dz (m), droll, dpitch, dyaw (rad), gripper_open [0, 1]; a robot that drives: and base (3)
+        self.width = embodiments.METRIC_DIM + 3 * embodiments.get(self.card.embodiment).base
+        self.single_action_space = gymnasium.spaces.Box(-np.inf, np.inf, (self.width,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.steps = -1  # frames generated since reset; -1: not reset yet
@@ -80,6 +80,7 @@ class WorldModelEnv(VectorEnv):
         self.keys = [(int(one), int(trial.get("repeat", 0))) for one, trial in zip(seeds, trials, strict=True)]
         self.names = [str(trial.get("trial_id", place)) for place, trial in enumerate(trials)]
         self.embodiments = [trial.get("embodiment") or self.card.embodiment for trial in trials]
+        self.openings = np.ones(self.num_envs, np.float32)
         self.steps = 0
         with torch.inference_mode():
             latents = torch.from_numpy(self.model.tokenizer.encode(images)).to(self.device)
@@ -89,7 +90,10 @@ class WorldModelEnv(VectorEnv):
         return {"image": images}, {}
 
     def step(self, actions: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict]:
-        """Imagine the frame that metric `actions` float32 (N, 7) lead to. Reward 0; truncated at the horizon."""
+        """Imagine the frame that metric `actions` float32 (N, 7) lead to. Reward 0; truncated at the horizon.
+
+        (N, 10) with base where the model's embodiment has one, which then stands still in (N, 7).
+        """
         frames = self._advance(np.asarray(actions)[:, None])
         return {"image": frames[:, 0]}, *self._outcome()
 
@@ -118,8 +122,9 @@ class WorldModelEnv(VectorEnv):
     def _check(self, actions: np.ndarray) -> None:
         if self.steps < 0:
             raise UserError("step: the world was not reset; call reset(options={'trials': [...]}) first")
-        if actions.ndim != 3 or actions.shape[0] != self.num_envs or actions.shape[2] != ACTION:
-            raise UserError(f"step: actions of shape {actions.shape}, not ({self.num_envs}, K, {ACTION})")
+        widths = (embodiments.METRIC_DIM, self.width)
+        if actions.ndim != 3 or actions.shape[0] != self.num_envs or actions.shape[2] not in widths:
+            raise UserError(f"step: actions of shape {actions.shape}, not ({self.num_envs}, K, {self.width})")
         if not 1 <= actions.shape[1] <= self.chunk:
             raise UserError(f"step_chunk: {actions.shape[1]} frames at once; this world model makes 1 to {self.chunk}")
         bad = ~np.isfinite(actions).all((1, 2))
@@ -133,7 +138,10 @@ class WorldModelEnv(VectorEnv):
         for embodiment in set(self.embodiments):
             rows = [place for place, name in enumerate(self.embodiments) if name == embodiment]
             steps = self.card.steps(embodiment)
-            converted[rows] = embodiments.to_world_model(actions[rows], embodiment, self.card.convention, steps)
+            converted[rows] = embodiments.to_world_model(
+                actions[rows], embodiment, self.card.convention, steps, self.openings[rows]
+            )
+        self.openings = actions[:, -1, embodiments.METRIC_DIM - 1]
         return torch.from_numpy(converted).to(self.device)
 
     def _noise(self, frame: int, frames: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from workflow_src.common.files import atomic_path
 from workflow_src.common.process import die_with_parent
 from workflow_src.common.video import write_gif
 from workflow_src.world_model.artefact import load_artefact
-from workflow_src.world_model.environment import ACTION, imagine
+from workflow_src.world_model.environment import imagine
 
 EXAMPLES = """examples:
   python -m workflow_src.world_model.sweep --world-model results/world_model \\
@@ -55,7 +55,7 @@ def main() -> None:
 
 def sweep_actions(robot: embodiments.Embodiment, steps: int) -> dict[str, np.ndarray]:
     """Metric actions float32 (steps, 7) by name; the gripper stays open where it is not swept."""
-    still = np.zeros((steps, ACTION), np.float32)
+    still = np.zeros((steps, embodiments.METRIC_DIM), np.float32)
     still[:, GRIPPER] = 1
     sweeps = {}
     for axis, place in AXES.items():

@@ -78,10 +78,11 @@ class BehaviourCloning:
 
     def __init__(self, network: Network, options: dict[str, float], control_rate: float):
         self._network, self._options = network, options
+        sampling = bool(options["noise"] or options["gripper_flips"])
         revision = digest({"network": network.revision, "options": options})
         self.metadata = Metadata(
             control_rate=control_rate, chunk=1, batched=True, batch=network.batch, image_size=network.image_size,
-            revision=revision,
+            revision=revision, extra={"sampling": sampling},
         )  # fmt: skip
 
     def act(self, observation: Observation) -> dict[str, np.ndarray]:
