@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from tests.chain import MINI, ROOT, assert_same_tables, copy_of, processes_of, run, tables
+from tests.test_config import CONFIGS
 
 
 def test_a_run_makes_everything_the_readme_names(finished):
@@ -97,7 +98,7 @@ def _lab_keys() -> str:
     return ", ".join(sorted(field.name for field in fields(Lab)))
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "config").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
 def test_every_configuration_builds_its_graph(tmp_path, config):
     target = "rollouts" if config.name == "worldgym.yaml" else "results/tables/policy_ranking.csv"
     done = run(tmp_path, target, "--dry-run", config=config)
