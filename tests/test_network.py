@@ -11,7 +11,7 @@ from tests import parity
 from tests.worlds import FACTORISED, JOINT, make_network, random
 from workflow_src.common import sections
 from workflow_src.common.errors import UserError
-from workflow_src.world_model import kernels, rotary
+from workflow_src.world_model import attention, kernels, rotary
 from workflow_src.world_model.network import Previous, WorldModelNetwork
 
 torch.set_num_threads(1)
@@ -163,6 +163,24 @@ def test_temporal_rotation_depends_on_the_distance_alone_however_far_the_rollout
     near = rotary.rotate(query, factors[2]) @ rotary.rotate(key, factors[0])
     far = rotary.rotate(query, factors[20_002]) @ rotary.rotate(key, factors[20_000])
     torch.testing.assert_close(far, near, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_fused_attention_is_the_plain_one(config, monkeypatch):
+    """What a GPU runs always, and a CPU from some length on."""
+    network = make_network(config)
+    x, levels, actions = inputs()
+
+    def run():
+        given = x.clone().requires_grad_()
+        out = network(given, levels, actions, first=x[:, 0])
+        return out.detach(), torch.autograd.grad(out.square().sum(), given)[0]
+
+    plain, slope = run()
+    monkeypatch.setattr(attention, "FUSED_FROM", 0)
+    fused, fused_slope = run()
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused_slope, slope, rtol=1e-3, atol=1e-4 * float(slope.abs().max()))
 
 
 def test_hand_written_gradients_are_the_automatic_ones(monkeypatch):

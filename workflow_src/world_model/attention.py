@@ -226,9 +226,12 @@ class Attention(nn.Module):
         """`x (B, T, N, D)` -> same shape; over time, of the frames alone that `geometry` has queries of."""
         b, t, n, d = x.shape
         qkv = self.qkv_proj(x).view(b, t, n, 3, self.heads, d // self.heads)
-        queries, keys, values = qkv.unbind(3)
         if self.over in geometry.rotations:
-            queries, keys = rotary.rotate(qkv[:, :, :, :2], geometry.rotations[self.over]).unbind(3)
+            rotated, rest = qkv.split((2, 1), 3)
+            queries, keys = rotary.rotate(rotated, geometry.rotations[self.over]).unbind(3)
+            values = rest.squeeze(3)
+        else:
+            queries, keys, values = qkv.unbind(3)
         if self.over != "space":
             queries = latest(queries, geometry.lag.shape[0])
         queries, keys, values = (self._grouped(part) for part in (queries, keys, values))
@@ -271,5 +274,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -
     first, second = (0, 1) if bias is None and shape[0] * shape[1] < 2**16 else (1, 2)
     queries, keys, values = (part.flatten(first, second) for part in (queries, keys, values))
     if bias is not None:
-        bias = bias.to(queries.dtype).expand(*shape[1:4], -1).flatten(0, 1)[None]
+        bias = bias.to(queries.dtype)
+        if bias.dim() == 3:  # of every head, in all groups
+            bias = bias.expand(shape[1], -1, -1, -1).flatten(0, 1)[None]
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias).view(shape)
