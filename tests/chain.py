@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from workflow_src.common.process import alive
 
@@ -141,6 +142,12 @@ def copy_project(target: Path) -> Path:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> Path:
     """A folder with one uninterrupted run of everything. Copy it; do not change it."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    run(folder)
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one run for all workers: their folders lie beside each other
+        base = base.parent
+    folder, done = base / "uninterrupted", base / "uninterrupted.done"
+    with FileLock(base / "uninterrupted.lock"):
+        if not done.exists():
+            run(folder)
+            done.touch()
     return folder

@@ -35,6 +35,15 @@ def can_mount() -> bool:
         return mounted.returncode == 0 and subprocess.run(["umount", folder], check=False).returncode == 0
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that run Snakemake first: they are the long ones, and no worker shall begin one when the others are done."""
+
+    def runs_snakemake(item: pytest.Item) -> bool:
+        return any(getattr(value, "__module__", None) == "tests.chain" for value in vars(item.module).values())
+
+    items.sort(key=lambda item: not runs_snakemake(item))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     required = os.environ.get("REHEARSAL_REQUIRE", "").split(",")
     for mark in item.iter_markers("requires"):

@@ -11,11 +11,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
+# Whole files on each worker: tests of a file share what they set up.
+WORKERS = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder"]
 STEPS = [
     ("ruff", [BIN / "ruff", "check", "."], 120),
     ("format", [BIN / "ruff", "format", "--check", "."], 120),
     ("snakefmt", [BIN / "snakefmt", "--check", "Snakefile", "rules"], 120),
-    ("tests", [sys.executable, "-m", "pytest", "-q", *sys.argv[1:]], 1500),
+    ("tests", [sys.executable, "-m", "pytest", "-q", *WORKERS, *sys.argv[1:]], 1500),
 ]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from tests.test_engine import CONFIG, Killed, equal, killed_at, launch, model, train, weights
 from workflow_src.common.errors import UserError
@@ -71,7 +72,7 @@ def test_what_cannot_be_sharded_is_refused_by_field(monkeypatch):
         sharding.check(replace(CONFIG, shard=True), cpu, prepares=False)
     with pytest.raises(UserError, match=r"training.shard: true, .*own_frames.share: set it to 0"):
         sharding.check(replace(ADAMW, shard=True), cpu, prepares=True)
-    monkeypatch.delattr(sharding.FSDPModule, sharding.SUM_FIRST)
+    monkeypatch.delattr(FSDPModule, sharding.SUM_FIRST)
     with pytest.raises(UserError, match=r"training.shard: true, but torch \S+ cannot do it on CPUs"):
         sharding.check(replace(ADAMW, shard=True), cpu, prepares=False)
     for option in ("shard", "compile", "activation_checkpointing"):

@@ -59,6 +59,12 @@ def test_targets_settings_and_snakemakes_own_options_are_handed_on(tmp_path):
     assert not (tmp_path / "elsewhere" / "tokenizer").exists()
 
 
+def test_a_second_run_shows_the_ranking_again(finished, tmp_path):
+    done = launch(copy_of(finished, tmp_path / "run"), "--configfile", str(MINI))
+    assert done.returncode == 0, done.stderr
+    assert "Policy ranking" in done.stdout and "this run, wall time" in done.stdout
+
+
 def test_however_a_run_is_stopped_nobody_is_left_and_it_continues(finished, tmp_path):
     """Ctrl-C, SIGTERM and SIGKILL of the launcher while policies are served and rolled out."""
     folder = copy_of(finished, tmp_path / "run", "rollouts", "judgements", "tables")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -120,15 +121,23 @@ def _record(folder, policy, env, trials):
     return table
 
 
-def replayed(lab, out, monkeypatch):
+def replay(lab, out):
     """Replay in the lab, and in a world model that is the lab itself."""
     folder, trials, tables = lab
     stage = load_stage(folder / "stage.json")
-    monkeypatch.setattr(cr, "load_trials", lambda path: trials)
-    monkeypatch.setattr(cr, "make_world_model", lambda folder, num_envs, seed, horizon: make_lab(stage.lab, num_envs))
-    options = argparse.Namespace(trials=None, rollouts=tables, world_model=folder / "model.safetensors", out=out)
-    cr.replay(stage, options)
-    return sorted(out.glob("*/*/rollouts.parquet"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cr, "load_trials", lambda path: trials)
+        patch.setattr(cr, "make_world_model", lambda folder, num_envs, seed, horizon: make_lab(stage.lab, num_envs))
+        options = argparse.Namespace(trials=None, rollouts=tables, world_model=folder / "model.safetensors", out=out)
+        cr.replay(stage, options)
+
+
+@pytest.fixture(scope="module")
+def replayed(lab, tmp_path_factory):
+    """The folder with every replay in both worlds. Copy it; do not change it."""
+    folder = tmp_path_factory.mktemp("replayed")
+    replay(lab, folder)
+    return folder
 
 
 def test_actions_come_from_the_policy_that_solves_most(lab):
@@ -149,12 +158,12 @@ def test_a_lost_file_is_named(lab, tmp_path):
         cr.solved([table])
 
 
-def test_a_world_model_that_is_the_lab_is_no_optimist(lab, tmp_path, monkeypatch):
-    tables = replayed(lab, tmp_path, monkeypatch)
+def test_a_world_model_that_is_the_lab_is_no_optimist(replayed, tmp_path):
+    tables = sorted(replayed.glob("*/*/rollouts.parquet"))
     assert len(tables) == 2 * len(cr.CORRUPTIONS)
-    as_recorded = read_records(tmp_path / "lab" / "as_recorded" / "rollouts.parquet")
+    as_recorded = read_records(replayed / "lab" / "as_recorded" / "rollouts.parquet")
     assert as_recorded["success_at_end"].all()  # the lab is deterministic
-    frozen = read_records(tmp_path / "lab" / "frozen" / "rollouts.parquet")
+    frozen = read_records(replayed / "lab" / "frozen" / "rollouts.parquet")
     assert not frozen["success_at_end"].any()
     judgements = [one for table in tables for one in judge(read_clips(table), [_seer()])]
     write_judgements(tmp_path / "judgements.parquet", judgements)
@@ -174,13 +183,14 @@ def _seer():
     return seer
 
 
-def test_replays_resume(lab, tmp_path, monkeypatch):
-    replayed(lab, tmp_path, monkeypatch)
-    video = next((tmp_path / "world_model" / "offset").glob("*.mp4"))
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/*.mp4")}
+def test_replays_resume(lab, replayed, tmp_path):
+    folder = tmp_path / "replays"
+    shutil.copytree(replayed, folder)  # with time stamps
+    video = next((folder / "world_model" / "offset").glob("*.mp4"))
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*/*.mp4")}
     video.unlink()
-    replayed(lab, tmp_path, monkeypatch)
-    after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/*.mp4")}
+    replay(lab, folder)
+    after = {path: path.stat().st_mtime_ns for path in folder.glob("*/*/*.mp4")}
     assert {path for path in before if before[path] != after[path]} == {video}
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from workflow_src.common.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Suffix of the columns in validation.csv → what it is and how it is drawn.
 LINES = {
@@ -28,7 +31,7 @@ METRICS = {
 
 def plot_loss(path: Path, history: list[dict[str, float]]) -> None:
     """Training loss against steps, logarithmic."""
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    figure = _figure(6, 3.5)
     axes = figure.subplots()
     steps, losses = ([row[name] for row in history] for name in ("step", "loss"))
     axes.plot(steps, losses, color="0.75", linewidth=0.8, label="logged")
@@ -43,7 +46,7 @@ def plot_loss(path: Path, history: list[dict[str, float]]) -> None:
 def plot_horizon(path: Path, rows: list[dict[str, float]]) -> None:
     """MSE, PSNR and, where it is known, LPIPS of replays by horizon (`rows` of validation.csv), beside the baselines."""
     metrics = [name for name in METRICS if name in rows[0]]
-    figure = Figure(figsize=(4.3 * len(metrics), 4.1), layout="constrained")
+    figure = _figure(4.3 * len(metrics), 4.1)
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics):
         _draw(axes, metric, rows)
@@ -52,6 +55,12 @@ def plot_horizon(path: Path, rows: list[dict[str, float]]) -> None:
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9, frameon=False
     )
     _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # a second of imports, which every process of a training would spend
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _draw(axes: Axes, metric: str, rows: list[dict[str, float]]) -> None:

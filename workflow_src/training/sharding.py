@@ -8,13 +8,11 @@ format per operation as it does without sharding.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from workflow_src.common.errors import UserError
 from workflow_src.common.sections import Training
@@ -27,6 +25,8 @@ SUM_FIRST = "set_force_sum_reduction_for_comms"
 
 def check(config: Training, device: torch.device, prepares: bool) -> None:
     """Raise UserError for what a sharded training cannot do. `prepares`: it runs its average on every process."""
+    from torch.distributed.fsdp import FSDPModule
+
     if device.type == "cpu" and not hasattr(FSDPModule, SUM_FIRST):
         raise UserError(
             f"training.shard: true, but torch {torch.__version__} cannot do it on CPUs; update torch, or set false"
@@ -45,6 +45,9 @@ def shard(model: nn.Module, processes: Processes) -> None:
 
     Its gradients will be means over processes.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(processes.device.type, (processes.size,))
     for part in (*blocks_of(model, "shard"), model):
         fully_shard(part, mesh=mesh)
@@ -69,14 +72,21 @@ def fill(hollow: nn.Module, model: nn.Module, device: torch.device) -> nn.Module
     return filled.to(device).eval()
 
 
+def is_shard(tensor: Tensor) -> bool:
+    """Whether it is this process's part of a split tensor."""
+    # The module takes seconds to import and is there once something was split.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or of a shard the whole. All processes take part."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_shard(tensor) else tensor
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """This process's part of each tensor, sharing its memory."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return [tensor.to_local() if is_shard(tensor) else tensor for tensor in tensors]
 
 
 def gather(tensors: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
@@ -85,14 +95,16 @@ def gather(tensors: dict[str, Tensor], processes: Processes) -> dict[str, Tensor
     for name, tensor in tensors.items():
         value = whole(tensor.detach())
         if processes.first:  # one whole tensor on the device at a time
-            gathered[name] = value.cpu() if isinstance(tensor, DTensor) else value
+            gathered[name] = value.cpu() if is_shard(tensor) else value
     return gathered
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:
     """A whole `value` as `target` holds it: itself, or this process's shard."""
-    if not isinstance(target, DTensor):
+    if not is_shard(target):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
 
 
