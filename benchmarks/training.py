@@ -28,10 +28,9 @@ from benchmarks.measure import CPU_ATTENTION, PRESETS, in_own_process, memory, p
 from workflow_src.common import sections
 from workflow_src.common.compute import autocast, configure_torch
 from workflow_src.training.optimizers import Optimizers
-from workflow_src.world_model.artefact import Tokenizer
 from workflow_src.world_model.diffusion import Objective
 from workflow_src.world_model.network import WorldModelNetwork
-from workflow_src.world_model.tokenizer import ConvTokenizer
+from workflow_src.world_model.tokenizer import ConvTokenizer, ImageTokenizer
 
 EXAMPLES = """examples:
   python benchmarks/training.py                                            # small network, batches 4 and 16
@@ -135,7 +134,7 @@ def clips(
     return lambda: torch.from_numpy(encode(images)).to(device).unflatten(0, (batch, frames))
 
 
-def tokenizer(preset: str, device: torch.device) -> Tokenizer:
+def tokenizer(preset: str, device: torch.device) -> ImageTokenizer:
     """With random weights: the tabletop's, or for the published network the autoencoder of Stable Diffusion 3."""
     if preset != "paper":
         return ConvTokenizer(sections.Tokenizer(downsample=DOWNSAMPLE)).to(device).eval()
