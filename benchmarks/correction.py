@@ -1,7 +1,5 @@
 """How often intervals of corrected success rates cover the truth, in simulation.
 
-    python benchmarks/correction.py [resamplings]
-
 Each resampling draws rollouts, a judge's verdicts and human labels (so many per policy and verdict), and corrects every policy
 as the tables do: by labels of its own (`success_corrected`), and by the labels of all policies (`success_if_alike`, the
 interval of arXiv 2511.21140). Judges err alike on all policies, or more on some than on others. Prints Markdown.
@@ -9,7 +7,7 @@ interval of arXiv 2511.21140). Judges err alike on all policies, or more on some
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import numpy as np
 import pandas as pd
@@ -66,7 +64,9 @@ def cover(setting, resamplings: int, generator) -> tuple[np.ndarray, np.ndarray,
 
 
 def main() -> None:
-    resamplings = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("resamplings", type=int, nargs="?", default=1000, help="(default: %(default)s)")
+    resamplings = parser.parse_args().resamplings
     print("| setting | own labels: least covered policy | mean | labels of all: least | mean | refused |")
     print("|---|---|---|---|---|---|")
     for name, setting in SETTINGS.items():

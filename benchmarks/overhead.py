@@ -1,7 +1,5 @@
 """What a run costs besides its work: the jobs of a configuration with next to nothing to do in them.
 
-    python benchmarks/overhead.py [config/config.yaml]
-
 Keeps every job (stages, policies, services, figures, notebook) and shrinks what each does to one training step, a few
 episodes and one trial per task. What is left is imports, Snakemake, starting and stopping services, and fixed drawing.
 Runs in a temporary folder; prints wall time and seconds per stage.
@@ -9,6 +7,7 @@ Runs in a temporary folder; prints wall time and seconds per stage.
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,11 @@ EPISODES = {"train": 24, "validation": 4, "judge": 8}
 
 
 def main() -> None:
-    source = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "config" / "config.yaml"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "config", type=Path, nargs="?", default=ROOT / "config" / "config.yaml", help="(default: config/config.yaml)"
+    )
+    source = parser.parse_args().config
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.yaml"
         config.write_text(yaml.safe_dump(shrink(yaml.safe_load(source.read_text(encoding="utf-8"))), sort_keys=False))
