@@ -59,7 +59,7 @@ wildcard_constraints:
 rule all:
     input:
         f"{results}/tables/policy_ranking.csv",
-        f"{results}/tables/calibration.csv",
+        f"{results}/tables/index.html",
         f"{results}/figures/policy_ranking.png",
         f"{results}/gallery/index.html",
         f"{results}/notebooks/policy_ranking.html",

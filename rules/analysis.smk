@@ -36,36 +36,43 @@ rule make_tables:
             f"{results}/tables/policy_ranking.csv",
             caption="../config/report/policy_ranking.rst",
             category="Ranking",
+            labels={"result": "policies, best first", "form": "table"},
         ),
         per_task=report(
             f"{results}/tables/per_task.csv",
             caption="../config/report/per_task.rst",
             category="Ranking",
+            labels={"result": "policies by task", "form": "table"},
         ),
         agreement=report(
             f"{results}/tables/agreement.csv",
             caption="../config/report/agreement.rst",
             category="Agreement",
+            labels={"result": "statistics of agreement", "form": "table"},
         ),
         judge=report(
             f"{results}/tables/judge.csv",
             caption="../config/report/judge.rst",
             category="Agreement",
+            labels={"result": "how often judges are right", "form": "table"},
         ),
         comparisons=report(
             f"{results}/tables/comparisons.csv",
             caption="../config/report/comparisons.rst",
             category="Ranking",
+            labels={"result": "which policies differ", "form": "table"},
         ),
         prediction_powered=report(
             f"{results}/tables/prediction_powered.csv",
             caption="../config/report/prediction_powered.rst",
             category="Agreement",
+            labels={"result": "real success from few real trials", "form": "table"},
         ),
         variance=report(
             f"{results}/tables/variance.csv",
             caption="../config/report/variance.rst",
             category="Agreement",
+            labels={"result": "where rollouts scatter", "form": "table"},
         ),
     log:
         f"{results}/logs/make_tables.log",
@@ -78,6 +85,42 @@ rule make_tables:
         " --rollouts {input.rollouts} --out-ranking {output.ranking} --out-per-task {output.per_task}"
         " --out-agreement {output.agreement} --out-judge {output.judge} --out-comparisons {output.comparisons}"
         " --out-prediction-powered {output.prediction_powered} --out-variance {output.variance} 2>&1 | tee {log}"
+
+
+TABLES = (
+    "policy_ranking",
+    "per_task",
+    "comparisons",
+    "agreement",
+    "judge",
+    "prediction_powered",
+    "variance",
+    "calibration",
+    "corrected",
+)
+
+
+rule show_tables:
+    input:
+        tables=[f"{results}/tables/{name}.csv" for name in TABLES],
+        captions=[f"{workflow.basedir}/config/report/{name}.rst" for name in TABLES],
+        sources=flow.sources("table_page.py"),
+    output:
+        report(
+            f"{results}/tables/index.html",
+            caption="../config/report/tables.rst",
+            category="Ranking",
+            labels={"result": "all tables, to sort and search", "form": "page"},
+        ),
+    log:
+        f"{results}/logs/show_tables.log",
+    benchmark:
+        f"{results}/benchmarks/show_tables.jsonl"
+    conda:
+        "../envs/base.yaml"
+    shell:
+        "python -m workflow_src.analysis.table_page --tables {input.tables} --captions {input.captions} --out {output}"
+        " 2>&1 | tee {log}"
 
 
 rule draw_figures:
@@ -93,31 +136,37 @@ rule draw_figures:
             f"{results}/figures/policy_ranking.png",
             caption="../config/report/ranking_figure.rst",
             category="Ranking",
+            labels={"result": "policies, best first", "form": "figure"},
         ),
         scatter=report(
             f"{results}/figures/real_vs_imagined.png",
             caption="../config/report/scatter.rst",
             category="Agreement",
+            labels={"result": "real against imagined", "form": "figure"},
         ),
         reliability=report(
             f"{results}/figures/reliability.png",
             caption="../config/report/reliability.rst",
             category="Agreement",
+            labels={"result": "are the rates right?", "form": "figure"},
         ),
         checkpoints=report(
             f"{results}/figures/checkpoints.png",
             caption="../config/report/checkpoints.rst",
             category="Ranking",
+            labels={"result": "checkpoints of a training", "form": "figure"},
         ),
         per_task=report(
             f"{results}/figures/per_task.png",
             caption="../config/report/per_task_figure.rst",
             category="Ranking",
+            labels={"result": "policies by task", "form": "figure"},
         ),
         fidelity=report(
             f"{results}/figures/fidelity.png",
             caption="../config/report/fidelity.rst",
             category="World model",
+            labels={"result": "error over the horizon", "form": "figure"},
         ),
     log:
         f"{results}/logs/draw_figures.log",
@@ -146,11 +195,13 @@ rule show_rollouts:
             f"{results}/gallery/index.html",
             caption="../config/report/gallery.rst",
             category="Rollouts",
+            labels={"result": "rollouts that play", "form": "page"},
         ),
         sheet=report(
             f"{results}/figures/contact_sheet.png",
             caption="../config/report/contact_sheet.rst",
             category="Rollouts",
+            labels={"result": "imagined beside real", "form": "figure"},
         ),
     log:
         f"{results}/logs/show_rollouts.log",
@@ -219,16 +270,19 @@ rule show_optimism:
             f"{results}/tables/failure_optimism.csv",
             caption="../config/report/failure_optimism.rst",
             category="World model",
+            labels={"result": "spoiled actions that succeed", "form": "table"},
         ),
         figure=report(
             f"{results}/figures/failure_optimism.png",
             caption="../config/report/failure_optimism.rst",
             category="World model",
+            labels={"result": "spoiled actions that succeed", "form": "figure"},
         ),
         examples=report(
             f"{results}/figures/failure_examples.png",
             caption="../config/report/failure_examples.rst",
             category="World model",
+            labels={"result": "spoiled actions: examples", "form": "figure"},
         ),
     log:
         f"{results}/logs/show_optimism.log",
@@ -273,11 +327,13 @@ rule draw_experiments:
             f"{results}/published/experiments/versions.png",
             caption="../config/report/versions.rst",
             category="Published numbers",
+            labels={"result": "versions of policies", "form": "figure"},
         ),
         shifts=report(
             f"{results}/published/experiments/out_of_distribution.png",
             caption="../config/report/out_of_distribution.rst",
             category="Published numbers",
+            labels={"result": "changed scenes and words", "form": "figure"},
         ),
     log:
         f"{results}/logs/draw_experiments.log",

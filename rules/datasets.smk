@@ -19,11 +19,13 @@ rule inspect_episodes:
             f"{results}/figures/episodes/{{dataset}}/{{split}}/contact_sheet.png",
             caption="../config/report/episodes.rst",
             category="Recorded data",
+            labels={"result": "{dataset}, {split}: frames", "form": "figure"},
         ),
         actions=report(
             f"{results}/figures/episodes/{{dataset}}/{{split}}/actions.png",
             caption="../config/report/episodes.rst",
             category="Recorded data",
+            labels={"result": "{dataset}, {split}: actions", "form": "figure"},
         ),
         alignment=f"{results}/figures/episodes/{{dataset}}/{{split}}/alignment.csv",
     log:

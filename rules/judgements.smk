@@ -150,11 +150,13 @@ rule tabulate_calibration:
             f"{results}/tables/calibration.csv",
             caption="../config/report/calibration.rst",
             category="Agreement",
+            labels={"result": "judges on known outcomes", "form": "table"},
         ),
         corrected=report(
             f"{results}/tables/corrected.csv",
             caption="../config/report/corrected.rst",
             category="Agreement",
+            labels={"result": "rates corrected for judges", "form": "table"},
         ),
     log:
         f"{results}/logs/tabulate_calibration.log",

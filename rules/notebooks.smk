@@ -27,7 +27,7 @@ rule render_published:
             f"{results}/published/{{published}}/agreement.html",
             caption="../config/report/published.rst",
             category="Published numbers",
-            labels={"table": "{published}"},
+            labels={"result": "agreement of {published}", "form": "page"},
         ),
     log:
         f"{results}/logs/render_published/{{published}}.log",
@@ -57,6 +57,7 @@ rule render_notebook:
             f"{results}/notebooks/{{notebook}}.html",
             caption="../config/report/notebook.rst",
             category="Notebooks",
+            labels={"result": "{notebook}", "form": "page"},
         ),
     log:
         f"{results}/logs/render_notebook/{{notebook}}.log",

@@ -57,7 +57,7 @@ rule examine_policy:
             f"{results}/doctor/{{policy}}.csv",
             caption="../config/report/doctor.rst",
             category="Policies",
-            labels={"policy": "{policy}"},
+            labels={"result": "doctor on {policy}", "form": "table"},
         ),
     log:
         f"{results}/logs/examine_policy/{{policy}}.log",

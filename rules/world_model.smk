@@ -93,6 +93,7 @@ rule sweep_world_model:
             f"{results}/figures/sweeps/sheet.png",
             caption="../config/report/sweeps.rst",
             category="World model",
+            labels={"result": "does it follow the actions?", "form": "figure"},
         ),
     log:
         f"{results}/logs/sweep_world_model.log",
