@@ -71,6 +71,7 @@ rule make_tables:
         f"{results}/logs/make_tables.log",
     benchmark:
         f"{results}/benchmarks/make_tables.jsonl"
+    localrule: True
     conda:
         "../envs/base.yaml"
     shell:
@@ -182,6 +183,9 @@ rule replay_corrupted:
     conda:
         "../envs/base.yaml"
     threads: 2
+    resources:
+        gpu=imagining_gpus(flow.config),
+        mem_mb=growing(8000),
     params:
         folder=f"{results}/corrupted",
     shell:
@@ -203,6 +207,9 @@ rule judge_corrupted:
     conda:
         "../envs/base.yaml"
     threads: 1
+    resources:
+        gpu=flow.config.gpus.judges,
+        mem_mb=growing(8000),
     shell:
         "python -m workflow_src.judges.score --config {input.config} --judge {input.judge}"
         " --rollouts {input.rollouts} --out {output} 2>&1 | tee {log}"
