@@ -8,18 +8,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import pytest
 import yaml
 
 from tests.chain import LIMIT, MINI, ROOT
-from workflow_src import resources
-from workflow_src.common.config import from_dict
-from workflow_src.common.sections import Config
-from workflow_src.policies import lifecycle
-from workflow_src.rollouts.run import use_devices
-from workflow_src.workflow import checked, limit_servers, rollout_retries
+from workflow_src.workflow import checked
 
 # Takes every job, writes down how it was asked for, makes what is missing of $THERE, and says that the job is done.
 STUBS = {
@@ -46,8 +39,8 @@ def write_config(folder: Path, **settings) -> Path:
     return path
 
 
-def submitted(folder: Path, **settings) -> dict[str, str]:
-    """Rule, or rules of a group and a policy → the options of `sbatch`, of a run through the profile."""
+def submitted(folder: Path, *more: str, **settings) -> dict[str, str]:
+    """Rule, or policy of a service's group → the options of `sbatch`, of a run through the profile."""
     for name, script in STUBS.items():
         stub = folder / "bin" / name
         stub.parent.mkdir(exist_ok=True)
@@ -67,7 +60,8 @@ def submitted(folder: Path, **settings) -> dict[str, str]:
         sys.executable, "-m", "snakemake", "--profile", "slurm", "--directory", str(folder / "run"),
         "--configfile", str(config), "--rerun-triggers", "mtime", "--slurm-status-command", "squeue",
         "--latency-wait", "1", "--slurm-init-seconds-before-status-checks", "1", "--seconds-between-status-checks", "1",
-        "--forcerun", "train_world_model", "roll_out", "--", "results/rollouts/world_model/random/shard_0/rollouts.parquet",
+        *more, "--forcerun", "train_world_model", "roll_out",
+        "--", "results/rollouts/world_model/random/shard_0/rollouts.parquet",
         *(f"results/rollouts/lab/{policy}/shard_0/rollouts.parquet" for policy in POLICIES),
     ]  # fmt: skip
     there = " ".join(f"results/{name}" for name in THERE)
@@ -90,14 +84,21 @@ def values(options: str, flag: str) -> list[str]:
     return re.findall(rf"(?<!\S){flag}[= ](\S+)", options)
 
 
-def test_four_gpus_on_one_node_for_the_training_and_one_for_policy_and_world_model_together(tmp_path):
+def test_four_gpus_for_the_training_and_one_for_policy_and_world_model_together(tmp_path):
+    edited = ["train_world_model:gpu_model=h100", "serve_policy:slurm_partition=gpu", "roll_out:slurm_partition=gpu"]
     jobs = submitted(
-        tmp_path, gpus={"world_model": 4, "rollouts": {"bc_6": 2, "random": 0}}, rollouts={"batch": 4, "shards": 1}
+        tmp_path,
+        "--set-resources",
+        *edited,
+        gpus={"world_model": 4, "rollouts": {"bc_6": 2, "random": 0}},
+        rollouts={"batch": 4, "shards": 1},
     )
     assert set(jobs) == {"train_world_model", *POLICIES}
     training = jobs["train_world_model"]
-    assert values(training, "--gpus") == ["4"] and values(training, "--nodes") == ["1"]
-    assert values(training, "--cpus-per-task") == ["16"]  # four beside each GPU
+    assert values(training, "--gpus") == ["h100:4"] and values(training, "-p") == ["main"]
+    assert values(training, "--nodes") == ["1"] and values(training, "--cpus-per-task") == [
+        "16"
+    ]  # four beside each GPU
     assert values(training, "--mem") == ["8004"] and values(training, "-t") == ["60"]
     # Of a service's group only the server declares GPUs; asked for by both, it would wait for twice as many.
     assert {policy: values(jobs[policy], "--gpus") for policy in POLICIES} == {
@@ -106,7 +107,8 @@ def test_four_gpus_on_one_node_for_the_training_and_one_for_policy_and_world_mod
         "random": [],
     }
     for policy in POLICIES:
-        assert values(jobs[policy], "--nodes") == ["1"] and values(jobs[policy], "--cpus-per-task") == ["2"]
+        assert values(jobs[policy], "-p") == ["gpu"] and values(jobs[policy], "--nodes") == ["1"]
+        assert values(jobs[policy], "--cpus-per-task") == ["2"]
     assert values(jobs["bc_3"], "--mem") == ["38000"] and values(jobs["random"], "--mem") == ["10000"]
     assert all(values(options, "--signal") == ["TERM@180"] for options in jobs.values())
     # A task per GPU would run every command several times.
@@ -130,55 +132,3 @@ def test_gpus_of_the_command_line_are_those_of_the_processes(tmp_path):
         ]  # fmt: skip
         printed = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=True).stdout
         assert f"--nproc-per-node=$({processes})" in printed
-
-
-@pytest.mark.parametrize(
-    ("granted", "policy", "world_model"),
-    [("", "", ""), ("3", "3", "3"), ("MIG-a,MIG-b", "MIG-a", "MIG-b"), ("0,1,2", "0,1", "2")],
-)  # fmt: skip
-def test_of_several_gpus_the_last_is_the_world_models(tmp_path, monkeypatch, granted, policy, world_model):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", granted)
-    listener, endpoint = lifecycle.bind("127.0.0.1", 0, "p", tmp_path / "log")
-    listener.close()
-    lifecycle.leave_last(endpoint.devices)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == policy
-    use_devices(endpoint.devices)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == world_model
-
-
-def test_servers_are_limited_on_one_machine_and_not_on_a_cluster():
-    """What Snakemake shows the Snakefile: alone on a machine, handing jobs to a cluster, and inside such a job."""
-    for main, nodes, limit, retries in ((True, None, 2, 1), (True, 50, None, 5), (False, 1, 2, 1)):
-        limits = {}
-        workflow = SimpleNamespace(
-            is_main_process=main, nodes=nodes, global_resources={}, register_resource=limits.__setitem__,
-            resource_settings=SimpleNamespace(cores=2),
-        )  # fmt: skip
-        limit_servers(workflow)
-        assert limits.get("servers") == limit and rollout_retries(workflow) == retries
-
-
-def test_attempts_ask_for_more_up_to_a_day():
-    assert [resources.growing(600, resources.DAY)(None, attempt) for attempt in (1, 2, 3)] == [600, 1200, 1440]
-    assert [resources.minutes(4000)(None, attempt) for attempt in (1, 2)] == [140, 280]
-    # The paper's network on eight processes: each reads a checkpoint of four copies beside its own state.
-    paper = from_dict(Config, {"gpus": {"world_model": 8}})
-    assert resources.training_memory(paper)(None, 1) == 8000 + 8 * 2 * 16 * 36 * 16 * 1024**2 // 10**6
-    assert resources.training_cores(paper) == 32
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"gpus": {"world_model": -1}}, r"gpus\.world_model: -1 is impossible; it must be at least 0"),
-        ({"gpus": {"rollouts": {"bc_7": 1}}}, r"gpus\.rollouts: 'bc_7' is unknown; did you mean 'bc_"),
-        ({"gpus": {"rollouts": {"bc_6": -1}}}, r"gpus\.rollouts\.bc_6: -1 is impossible"),
-        ({"distributed": {"debug": "all"}}, r"distributed\.debug: 'all' is not allowed"),
-        ({"distributed": {"timeout": 0}}, r"distributed\.timeout: 0 is impossible"),
-    ],
-)
-def test_mistakes_are_named(settings, message):
-    from workflow_src.common.errors import UserError
-
-    with pytest.raises(UserError, match=message):
-        checked(yaml.safe_load(MINI.read_text()) | settings)
