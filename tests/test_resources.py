@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,6 +93,22 @@ def test_attempts_ask_for_more_up_to_a_day():
     paper = from_dict(Config, {"gpus": {"world_model": 8}})
     assert resources.training_memory(paper)(None, 1) == 8000 + 8 * 2 * 16 * 36 * 16 * 1024**2 // 10**6
     assert resources.training_cores(paper) == 32
+
+
+@pytest.mark.parametrize(("asked", "counts", "imagining"), [
+    (0, (0, 0), 0), (2, (2, 2), 1), ({"random": 0}, (1, 0), 1), ({"random": 0, "bc_6": 0, "bc_3": 0}, (0, 0), 0),
+])  # fmt: skip
+def test_gpus_of_policies_by_name_or_for_all(asked, counts, imagining):
+    mini = from_dict(Config, yaml.safe_load(MINI.read_text()) | {"gpus": {"rollouts": asked}})
+    assert tuple(resources.gpus_of_policy(mini, name) for name in ("bc_3", "random")) == counts
+    assert resources.imagining_gpus(mini) == imagining
+    # With a server of its own a policy leaves its GPUs to it; one that runs elsewhere needs one for the world model.
+    job = SimpleNamespace(policy="bc_3")
+    there = replace(
+        mini, policies=mini.policies | {"bc_3": replace(mini.policies["bc_3"], endpoint="ws://127.0.0.1:1")}
+    )
+    assert resources.rollout_gpus(mini)(job) == 0 and resources.server_gpus(mini)(job) == counts[0]
+    assert resources.rollout_gpus(there)(job) == min(1, counts[0])
 
 
 @pytest.mark.parametrize(

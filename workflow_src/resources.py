@@ -65,9 +65,8 @@ def rollout_gpus(config: Config) -> Callable[[Any], int]:
 
 
 def imagining_gpus(config: Config) -> int:
-    """`gpu` of jobs that use the world model without a policy: one where rollouts ask for any."""
-    asked = config.gpus.rollouts
-    return min(1, max(asked.values(), default=0) if isinstance(asked, dict) else asked)
+    """`gpu` of jobs that use the world model without a policy: one where rollouts of any policy ask for some."""
+    return min(1, max(gpus_of_policy(config, name) for name in config.policies or [""]))
 
 
 def server_memory(config: Config) -> Resource:
