@@ -12,6 +12,20 @@ from snakemake.utils import min_version
 min_version("9.20")
 
 sys.path.insert(0, workflow.basedir)
+from workflow_src.resources import (
+    DAY,
+    growing,
+    imagining_gpus,
+    minutes,
+    network_minutes,
+    recording_memory,
+    rollout_gpus,
+    server_gpus,
+    server_memory,
+    training_cores,
+    training_memory,
+    training_processes,
+)
 from workflow_src.workflow import (
     CORRUPTIONS,
     SPLITS,
@@ -20,6 +34,7 @@ from workflow_src.workflow import (
     limit_servers,
     open_workflow,
     require_keys,
+    rollout_retries,
     shell_prefix,
 )
 
@@ -33,7 +48,7 @@ flow = open_workflow(config)
 results = flow.results
 PUBLISHED = sorted(file.stem for file in Path(workflow.basedir, "config", "published").glob("*.csv"))
 ROLLOUTS = "{results}/rollouts/{world}/{policy}/shard_{shard}/rollouts.parquet"
-shell.prefix(shell_prefix(workflow.deployment_settings.deployment_method))
+shell.prefix(shell_prefix(workflow.deployment_settings.deployment_method, flow.config))
 limit_servers(workflow)
 
 

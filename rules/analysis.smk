@@ -78,6 +78,7 @@ rule make_tables:
         f"{results}/logs/make_tables.log",
     benchmark:
         f"{results}/benchmarks/make_tables.jsonl"
+    localrule: True
     conda:
         "../envs/base.yaml"
     shell:
@@ -118,6 +119,7 @@ rule show_tables:
         f"{results}/benchmarks/show_tables.jsonl"
     conda:
         "../envs/base.yaml"
+    localrule: True
     shell:
         "python -m workflow_src.analysis.table_page --tables {input.tables} --captions {input.captions} --out {output}"
         " 2>&1 | tee {log}"
@@ -233,6 +235,9 @@ rule replay_corrupted:
     conda:
         "../envs/base.yaml"
     threads: 2
+    resources:
+        gpu=imagining_gpus(flow.config),
+        mem_mb=growing(8000),
     params:
         folder=f"{results}/corrupted",
     shell:
@@ -254,6 +259,9 @@ rule judge_corrupted:
     conda:
         "../envs/base.yaml"
     threads: 1
+    resources:
+        gpu=flow.config.gpus.judges,
+        mem_mb=growing(8000),
     shell:
         "python -m workflow_src.judges.score --config {input.config} --judge {input.judge}"
         " --rollouts {input.rollouts} --out {output} 2>&1 | tee {log}"

@@ -81,6 +81,9 @@ if flow.recorded:
         conda:
             "../envs/base.yaml"
         threads: 1
+        resources:
+            mem_mb=growing(4000),
+            runtime=growing(480, DAY),
         params:
             source=lambda wildcards: flow.source(wildcards.dataset),
             groups=flow.config.episodes.recorded.groups,

@@ -21,6 +21,9 @@ rule record_episodes:
     conda:
         "../envs/base.yaml"
     threads: flow.config.lab.workers
+    resources:
+        mem_mb=recording_memory(flow.config.lab.workers),
+        runtime=growing(240, DAY),
     shell:
         "python -m workflow_src.episodes.record --config {input.config} --split {wildcards.split}"
         " --out {output} 2>&1 | tee {log}"

@@ -28,6 +28,11 @@ rule train_judge:
     conda:
         "../envs/base.yaml"
     threads: 1
+    resources:
+        gpu=flow.config.gpus.judges,
+        nodes=1,
+        mem_mb=growing(8000),
+        runtime=minutes(flow.config.judges.training.steps),
     params:
         state=f"{results}/state/judge",
         tokenizer=f"{results}/tokenizer",
@@ -50,6 +55,9 @@ rule judge_rollouts:
     conda:
         "../envs/base.yaml"
     threads: 1
+    resources:
+        gpu=flow.config.gpus.judges,
+        mem_mb=growing(8000),
     shell:
         "python -m workflow_src.judges.score --config {input.config} --judge {input.judge}"
         " --rollouts {input.rollouts} --out {output} 2>&1 | tee {log}"
@@ -85,6 +93,7 @@ rule read_labels:
         f"{results}/judgements/human.parquet",
     log:
         f"{results}/logs/read_labels.log",
+    localrule: True
     conda:
         "../envs/base.yaml"
     params:
@@ -108,6 +117,9 @@ rule calibrate_judges:
     conda:
         "../envs/base.yaml"
     threads: 1
+    resources:
+        gpu=flow.config.gpus.judges,
+        mem_mb=growing(8000),
     params:
         probes=flow.config.judges.probes,
     shell:
@@ -160,6 +172,7 @@ rule tabulate_calibration:
         ),
     log:
         f"{results}/logs/tabulate_calibration.log",
+    localrule: True
     conda:
         "../envs/base.yaml"
     shell:

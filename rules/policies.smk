@@ -21,6 +21,11 @@ rule train_policy_network:
     conda:
         "../envs/base.yaml"
     threads: 1
+    resources:
+        gpu=flow.config.gpus.behaviour_cloning,
+        nodes=1,
+        mem_mb=growing(8000),
+        runtime=network_minutes(flow.config),
     params:
         state=f"{results}/state/policies/{{network}}",
     shell:
@@ -39,6 +44,13 @@ rule serve_policy:
     conda:
         lambda wildcards: flow.environment(wildcards.policy)
     threads: 0
+    resources:
+        # Shared with the rollouts: in the group of both, resources are summed (the longest `runtime` counts).
+        gpu=server_gpus(flow.config),
+        nodes=1,
+        cpus_per_task=1,
+        mem_mb=server_memory(flow.config),
+        runtime=growing(480, DAY),
     params:
         networks=f"{results}/policies",
         python=lambda wildcards: flow.interpreter(wildcards.policy),
@@ -63,6 +75,10 @@ rule examine_policy:
         f"{results}/logs/examine_policy/{{policy}}.log",
     conda:
         lambda wildcards: flow.environment(wildcards.policy)
+    resources:
+        gpu=server_gpus(flow.config),
+        nodes=1,
+        mem_mb=server_memory(flow.config),
     params:
         networks=f"{results}/policies",
         python=lambda wildcards: flow.interpreter(wildcards.policy),

@@ -63,6 +63,9 @@ if flow.config.world_model.source.checkpoint:
         conda:
             "../envs/base.yaml"
         threads: 1
+        resources:
+            # The published file holds optimiser states too, and both it and what is made of it are in memory at once.
+            mem_mb=growing(24000),
         params:
             folder=f"{results}/world_model",
             vae=f"{results}/tokenizer/vae",

@@ -15,6 +15,7 @@ rule draw_trials:
         f"{results}/trials/trials.json",
     log:
         f"{results}/logs/draw_trials.log",
+    localrule: True
     conda:
         "../envs/base.yaml"
     shell:
@@ -46,12 +47,16 @@ rule roll_out:
         f"{results}/logs/roll_out/{{policy}}/{{shard}}.log",
     benchmark:
         f"{results}/benchmarks/roll_out/{{policy}}/{{shard}}.jsonl"
-    retries: 1
+    retries: rollout_retries(workflow)
     conda:
         "../envs/base.yaml"
     threads: 1
     resources:
         servers=lambda wildcards: int(flow.served(wildcards.policy)),
+        gpu=rollout_gpus(flow.config),
+        cpus_per_task=1,
+        mem_mb=growing(6000),
+        runtime=growing(480, DAY),
         # Patience in seconds is no part of a result: as resources, these rerun nothing.
         server_deadline=flow.config.rollouts.server_deadline,
         step_timeout=flow.config.rollouts.step_timeout,

@@ -5,7 +5,8 @@ needs   episode stores of the splits train and validation, of every data set in 
 makes   results/tokenizer/, results/latents/<dataset>/<split>/, results/world_model/ (each with one declared file, written
         last); no latents where world_model.latents is on_the_fly
 how     a core per process: small networks gain nothing from threads (common/compute.py), so independent trainings run side
-        by side and the world model on several processes under torchrun; state for resuming lies undeclared in results/state/
+        by side and the world model on several processes under torchrun, one per granted GPU where there are some; state for
+        resuming lies undeclared in results/state/
 """
 
 
@@ -25,6 +26,11 @@ rule train_tokenizer:
     conda:
         "../envs/base.yaml"
     threads: 1
+    resources:
+        gpu=flow.config.gpus.tokenizer,
+        nodes=1,
+        mem_mb=growing(8000),
+        runtime=minutes(flow.config.tokenizer.training.steps),
     params:
         state=f"{results}/state/tokenizer",
     shell:
@@ -46,6 +52,10 @@ rule cache_latents:
     conda:
         "../envs/base.yaml"
     threads: 1
+    resources:
+        gpu=flow.config.gpus.latents,
+        mem_mb=growing(8000),
+        runtime=growing(240, DAY),
     params:
         tokenizer=f"{results}/tokenizer",
     shell:
@@ -69,7 +79,13 @@ rule train_world_model:
         f"{results}/benchmarks/train_world_model.jsonl"
     conda:
         "../envs/base.yaml"
-    threads: flow.config.world_model.processes
+    threads: training_cores(flow.config)
+    resources:
+        gpu=flow.config.gpus.world_model,
+        nodes=1,
+        processes=training_processes(flow.config),
+        mem_mb=training_memory(flow.config),
+        runtime=minutes(flow.config.world_model.training.steps),
     params:
         state=f"{results}/state/world_model",
         tokenizer=f"{results}/tokenizer",
@@ -77,7 +93,8 @@ rule train_world_model:
     # addresses of before (pytorch issue 135712).
     shell:
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
-        " torchrun --standalone --max-restarts=3 --nproc-per-node={threads} -m workflow_src.training.world_model"
+        " torchrun --standalone --max-restarts=3 --nproc-per-node=$(({resources.gpu} ? {resources.gpu} : {resources.processes}))"
+        " -m workflow_src.training.world_model"
         " --config {input.config} --latents {input.latents} --episodes {input.episodes:q}"
         " --validation {input.validation} --validation-episodes {input.validation_episodes:q}"
         " --tokenizer {params.tokenizer} --out {output} --state {params.state} 2>&1 | tee {log}"
@@ -101,6 +118,9 @@ rule sweep_world_model:
         f"{results}/benchmarks/sweep_world_model.jsonl"
     conda:
         "../envs/base.yaml"
+    resources:
+        gpu=imagining_gpus(flow.config),
+        mem_mb=growing(8000),
     params:
         world_model=f"{results}/world_model",
         trials=f"{results}/trials",

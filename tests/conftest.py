@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from envs.build import interpreter
 from tests.chain import finished  # noqa: F401  (a fixture for all)
+from tests.slurm.cluster import installed
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -21,6 +23,7 @@ HOST = {
     "conda": lambda: shutil.which("conda") is not None,
     "chromium": lambda: shutil.which("chromium") is not None,
     "mount": lambda: can_mount(),
+    "slurm": lambda: installed() and importlib.util.find_spec("snakemake_executor_plugin_slurm") is not None,
     "lerobot": lambda: interpreter("lerobot").is_file(),  # `python envs/build.py lerobot` makes it
 }
 
@@ -42,6 +45,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return any(getattr(value, "__module__", None) == "tests.chain" for value in vars(item.module).values())
 
     items.sort(key=lambda item: not runs_snakemake(item))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of one megabyte, for tests that require `mount`."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -222,16 +222,6 @@ def test_a_truncated_checkpoint_is_skipped_and_changes_nothing(finished, tmp_pat
 # ---- a full disk ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A folder on a disk of one megabyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 # Every kind of file that a stage writes, by what writes it.
 WRITERS = """
     import os, sys

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -276,18 +276,31 @@ def _check_own_frames(config: Config) -> None:
         )
 
 
+def _gpus(config: Config) -> Iterator[tuple[str, int]]:
+    """Path and number of GPUs of every kind of job."""
+    for kind, asked in vars(config.gpus).items():
+        for name, value in asked.items() if isinstance(asked, dict) else [("", asked)]:
+            yield f"gpus.{kind}{name and '.'}{name}", value
+
+
 def _check_numbers(config: Config) -> None:
     at_least_one = {
         "lab.horizon": config.lab.horizon, "trials.per_task": config.trials.per_task,
         "rollouts.repeats": config.rollouts.repeats, "rollouts.shards": config.rollouts.shards,
         "rollouts.batch": config.rollouts.batch, "lab.image_size": config.lab.image_size,
-        "judges.probes": config.judges.probes,
+        "judges.probes": config.judges.probes, "distributed.timeout": config.distributed.timeout,
     }  # fmt: skip
     for name, split in config.episodes.splits.items():
         at_least_one[f"episodes.splits.{name}.episodes"] = split.episodes
     for path, value in at_least_one.items():
         if value < 1:
             raise UserError(f"{path}: {value} is impossible; it must be at least 1")
+    asked = config.gpus.rollouts
+    for name in asked if isinstance(asked, dict) else ():
+        check_name("gpus.rollouts", name, config.policies)
+    for path, value in _gpus(config):
+        if value < 0:
+            raise UserError(f"{path}: {value} is impossible; it must be at least 0")
     if config.analysis.real_trials < 0:
         raise UserError(f"analysis.real_trials: {config.analysis.real_trials} is impossible; 0 makes no such estimate")
     if config.lab.image_size % config.tokenizer.downsample:

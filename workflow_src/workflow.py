@@ -23,6 +23,7 @@ from workflow_src.common.sections import Config
 from workflow_src.episodes.mixture import Mixture, read_mixture
 from workflow_src.episodes.registry import Dataset, entry_dict
 from workflow_src.episodes.sources import description
+from workflow_src.training.local_cache import VARIABLE
 from workflow_src.world_model.published import is_address
 
 WORLDS = ("lab", "world_model")
@@ -289,17 +290,43 @@ def require_keys(workflow: Workflow, jobs: Iterable[Any]) -> None:
             sys.exit(2)
 
 
-def shell_prefix(deployment: Any) -> str:
+# A cluster sends SIGTERM to every process of a job, some time before its limit. The shell and `tee` stay for the last words
+# of what they wait for, and a shell that died would take the job's processes with it.
+OUTLAST_SIGTERM = "trap : TERM; tee() ( trap '' TERM; exec tee \"$@\" ); "
+
+
+def shell_prefix(deployment: Any, config: Config) -> str:
     """Opens every job's shell: `python -m workflow_src…` works from any directory, and idle OpenMP threads stay off the cores.
 
     With conda among Snakemake's `deployment` methods, each rule's environment has put its own Python first. Otherwise it is
-    the Python that runs Snakemake.
+    the Python that runs Snakemake. What `config` says about the way there, and not about results, travels as variables:
+    a changed prefix reruns nothing.
     """
     conda = "conda" in map(str, deployment)
     settings = f"PYTHONPATH={shlex.quote(str(ROOT))} OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1"
     path = "" if conda else f" PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
+    given = "".join(f" {name}={shlex.quote(value)}" for name, value in manner_variables(config).items())
     # A job's shell would survive a killed Snakemake and hide its death from the job, so jobs watch Snakemake itself.
-    return f"set -euo pipefail; export {settings}{path} REHEARSAL_PARENT=$PPID; "
+    return f"set -euo pipefail; export {settings}{path} REHEARSAL_PARENT=$PPID{_doubled(given)}; {OUTLAST_SIGTERM}"
+
+
+def _doubled(text: str) -> str:
+    """Braces as they have to be in what Snakemake formats."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def manner_variables(config: Config) -> dict[str, str]:
+    """Variables of the environment that `distributed` and `local_cache` stand for, unless they are set already."""
+    chosen = config.distributed
+    level = {"warnings": ("WARN", "OFF"), "info": ("INFO", "INFO"), "detail": ("TRACE", "DETAIL")}[chosen.debug]
+    configured = {
+        VARIABLE: config.local_cache,
+        "REHEARSAL_GROUP_TIMEOUT": str(chosen.timeout),
+        "NCCL_IB_DISABLE": str(int(not chosen.infiniband)),
+        "NCCL_DEBUG": level[0],
+        "TORCH_DISTRIBUTED_DEBUG": level[1],
+    }
+    return {name: os.environ.get(name, value) for name, value in configured.items()}
 
 
 def servers_at_once(cores: int) -> int:
@@ -312,9 +339,22 @@ def servers_at_once(cores: int) -> int:
     return max(fitting, default=1)
 
 
+def rollout_retries(workflow: Any) -> int:
+    """Once on one machine, for a server that died; on a cluster also for jobs that were stopped at their time limit."""
+    return 5 if _submits(workflow) else 1
+
+
+def _submits(workflow: Any) -> bool:
+    """Whether this Snakemake hands jobs to a cluster (`--jobs`, not `--cores`), and is not one that runs such a job."""
+    return workflow.is_main_process and workflow.nodes is not None
+
+
 def limit_servers(workflow: Any) -> None:
-    """Declare to Snakemake's `workflow` how many policies may be served at once here, unless `--resources` says it."""
-    if workflow.local_exec and "servers" not in workflow.global_resources:
+    """Declare to Snakemake's `workflow` how many policies may be served at once here, unless `--resources` says it.
+
+    On a cluster each has a machine's share of its own.
+    """
+    if not _submits(workflow) and "servers" not in workflow.global_resources:
         workflow.register_resource("servers", servers_at_once(workflow.resource_settings.cores or 1))
 
 

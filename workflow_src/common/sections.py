@@ -320,6 +320,28 @@ class Analysis:
 
 
 @dataclass(frozen=True)
+class Gpus:
+    """GPUs that one job of a kind asks for, all of one machine. They change no result; on one without GPUs none are used."""
+
+    tokenizer: int = 0
+    latents: int = 0
+    world_model: int = 0  # of its training: a process each
+    behaviour_cloning: int = 0
+    judges: int = 0
+    # Of a policy's server and its rollouts: 1 is shared; of several the world model gets the last, the policy the others.
+    rollouts: int | dict[str, int] = 0  # for all policies, or by name (1 for those that are not named)
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """How the processes of one training meet. Variables of the environment that are already set go before it."""
+
+    timeout: int = 1800  # seconds after which a process that does not answer ends the job
+    infiniband: bool = True  # NCCL uses InfiniBand where there is some
+    debug: Literal["warnings", "info", "detail"] = "warnings"  # what NCCL and torch.distributed say about it
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything one run of the workflow depends on."""
 
@@ -335,4 +357,8 @@ class Config:
     rollouts: Rollouts = field(default_factory=Rollouts)
     judges: Judges = field(default_factory=Judges)
     analysis: Analysis = field(default_factory=Analysis)
+    gpus: Gpus = field(default_factory=Gpus)
+    distributed: Distributed = field(default_factory=Distributed)
+    # Folder on a machine's own disk, e.g. $SLURM_TMPDIR or /scratch: a world model's training reads its data from a copy there.
+    local_cache: str = ""
     reality: str = ""  # CSV of real results (policy, task, success, n, source); empty: the lab is reality

@@ -67,6 +67,12 @@ def bind(host: str, port: int, policy: str, log: Path) -> tuple[socket.socket, E
     )
 
 
+def leave_last(devices: list[str]) -> None:
+    """Of several accelerators, leave the last one to the world model of the rollouts. Call before any framework is imported."""
+    if len(devices) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices[:-1])
+
+
 def redirect_output(log: Path) -> None:
     """Sends stdout and stderr, also those of C libraries and children, to `log`, started anew."""
     log.parent.mkdir(parents=True, exist_ok=True)

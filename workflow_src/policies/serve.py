@@ -108,6 +108,7 @@ def main() -> None:
     lifecycle.start_guardian(options.endpoint_file, filter(None, watched))
     lifecycle.redirect_output(options.log)
     listener, endpoint = lifecycle.bind(options.host, options.port, options.policy, options.log)
+    lifecycle.leave_last(endpoint.devices)
 
     def clean() -> None:
         endpoint.remove(options.endpoint_file)

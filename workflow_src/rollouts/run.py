@@ -98,9 +98,12 @@ def run(stage: Stage, options: argparse.Namespace, client: PolicyClient) -> None
 
 
 def use_devices(devices: list[str]) -> None:
-    """Work on the accelerators that the policy server was granted. Call before torch is imported."""
+    """Work on the last accelerator that the policy's server was granted. Call before torch is imported.
+
+    Of several, the server leaves that one to the world model (`lifecycle.leave_last`).
+    """
     if devices:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[-1]
 
 
 def arguments() -> argparse.Namespace:

@@ -16,6 +16,7 @@ from workflow_src.episodes.mixture import frame_skips, read_mixture
 from workflow_src.episodes.store import EpisodeStore
 from workflow_src.training.distributed import Processes
 from workflow_src.training.live_latents import THREADS, LiveLatents
+from workflow_src.training.local_cache import localise
 from workflow_src.world_model.tokenizer import load_tokenizer
 
 
@@ -39,6 +40,10 @@ def open_training(
     Raises UserError: caches of other episodes or another tokenizer, several embodiments in one store, frames of different
     sizes.
     """
+    if config.latents == "cached":
+        caches = localise(caches)  # of the stores only actions are read, once
+    else:
+        stores = localise(stores)
     opened = [EpisodeStore(path) for path in stores]
     names = read_mixture(config.data, opened[0].root.resolve().parent.name).names
     cached = config.latents == "cached"
