@@ -85,11 +85,16 @@ def pins() -> dict[str, str]:
     return {name.lower(): version for name, _, version in (line.partition("==") for line in lines) if version}
 
 
+def requirements(name: str) -> list[str]:
+    """What pip installs into one environment."""
+    environment, versions = ENVIRONMENTS[name], pins()
+    return [*(f"{package}=={versions[package.lower()]}" for package in environment.packages), *environment.pins]
+
+
 def text(name: str) -> str:
     """Content of one environment file."""
-    environment, versions = ENVIRONMENTS[name], pins()
-    pinned = [f"{package}=={versions[package.lower()]}" for package in environment.packages]
-    sources = " from constraints.txt; edit those." if pinned else "; edit that."
+    environment = ENVIRONMENTS[name]
+    sources = " from constraints.txt; edit those." if environment.packages else "; edit that."
     lines = [
         f"# {environment.purpose}",
         f"# Written by envs/make_environments.py{sources}",
@@ -98,7 +103,7 @@ def text(name: str) -> str:
         f"  - python={environment.python}",
         "  - pip",
         "  - pip:",
-        *(f"      - {pin}" for pin in [*pinned, *environment.pins]),
+        *(f"      - {pin}" for pin in requirements(name)),
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,0 +1,99 @@
+"""Dockerfiles: the pins of envs/ and constraints.txt, nobody's rights, no secrets, and all that the code they copy needs.
+
+They are not built here: there is no Docker daemon. What can be known without one is checked.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from cloud.images import HERE, dockerfiles, workflow_requirements
+from envs.make_environments import ENVIRONMENTS
+from workflow_src.workflow import ROOT
+
+IMAGES = sorted(path.stem for path in (ROOT / "docker").glob("*.Dockerfile"))
+
+
+def instructions(image: str) -> list[tuple[str, str]]:
+    """(instruction, arguments) of a Dockerfile, continued lines joined."""
+    text = (ROOT / "docker" / f"{image}.Dockerfile").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [tuple(line.split(" ", 1)) for line in lines]
+
+
+def installed(image: str) -> list[str]:
+    """What pip is told to install."""
+    (line,) = [rest for name, rest in instructions(image) if name == "RUN" and "pip install" in rest]
+    return [word for word in shlex.split(line) if "==" in word or " @ " in word]
+
+
+def test_files_are_as_generated():
+    assert {"base", *ENVIRONMENTS} - (HERE - {"base"}) == set(IMAGES)
+    for image, text in dockerfiles().items():
+        assert (ROOT / "docker" / f"{image}.Dockerfile").read_text() == text, "run: python cloud/images.py"
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_pins_are_those_of_the_environment(image):
+    python, _, entry = yaml.safe_load((ROOT / "envs" / f"{image}.yaml").read_text())["dependencies"]
+    assert ("FROM", f"python:{python.partition('=')[2]}-slim") == instructions(image)[0]
+    if image == "base":  # with Snakemake besides
+        assert set(entry["pip"]) <= set(installed(image)) and "snakemake[reports]==9.27.1" in installed(image)
+    else:
+        assert entry["pip"] == installed(image)
+
+
+def test_the_workflows_pins_are_those_of_the_constraints():
+    constraints = {line.lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert {re.sub(r"\[.*\]", "", one).lower() for one in workflow_requirements()} <= constraints
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_nobody_in_particular_and_no_secrets(image):
+    steps = instructions(image)
+    names = [name for name, _ in steps]
+    assert names[-4:] == ["ENV", "USER", "WORKDIR", "ENTRYPOINT"] and dict(steps)["USER"] == "1000"
+    assert "ARG" not in names and "ADD" not in names
+    variables = {pair.partition("=")[0] for pair in dict(steps)["ENV"].split()}
+    assert variables == {"PYTHONPATH", "PYTHONUNBUFFERED", "HOME", "USER"}  # keys come from whoever runs it
+    code = names.index("COPY", 3)  # constraints.txt comes before, for pip
+    assert all(name != "RUN" for name in names[code:]), "an edit of code would build the environment anew"
+
+
+def test_only_what_is_named_enters_an_image():
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert lines[0] == "*"
+    allowed = {line[1:] for line in lines if line.startswith("!")}
+    copied = {rest.split()[0] for image in IMAGES for name, rest in instructions(image) if name == "COPY"}
+    assert {path.split("/")[0] for path in copied} == allowed
+    assert any(fnmatch.fnmatch("config/.env", line) for line in lines[1:])
+
+
+@pytest.mark.parametrize("image", ["base", "octo"])
+def test_the_code_that_is_copied_suffices(image, tmp_path):
+    """Of the base image for a dry run, of a policy's for its server."""
+    project = tmp_path / "project"
+    for name, rest in instructions(image):
+        if name == "COPY":
+            source, target = rest.split()
+            target = project / target.removeprefix("/opt/rehearsal/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if (ROOT / source).is_dir() else shutil.copy)(ROOT / source, target)
+    _, module, *_ = [word for word in re.findall(r'"([^"]+)"', dict(instructions(image))["ENTRYPOINT"]) if word != "-m"]
+    arguments = ["--", "--dry-run", "--quiet"] if image == "base" else ["--help"]
+    work = tmp_path / "work"
+    work.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=work, env={"PYTHONPATH": str(project), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
