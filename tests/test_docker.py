@@ -97,3 +97,17 @@ def test_the_code_that_is_copied_suffices(image, tmp_path):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_kubernetes_job_fits_the_image():
+    claim, job = yaml.safe_load_all((ROOT / "cloud" / "kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    image = dict(instructions("base"))
+    assert pod["securityContext"]["runAsNonRoot"] and str(pod["securityContext"]["runAsUser"]) == image["USER"]
+    places = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    claims = {one["name"]: one["persistentVolumeClaim"] for one in pod["volumes"] if "persistentVolumeClaim" in one}
+    assert claims[places[image["WORKDIR"]]]["claimName"] == claim["metadata"]["name"]
+    assert [one["secretRef"]["optional"] for one in container["envFrom"]] == [True] and "env" not in container
+    configfile = container["args"][container["args"].index("--configfile") + 1]
+    assert (ROOT / configfile.removeprefix("/opt/rehearsal/")).is_file() and configfile.startswith("/opt/rehearsal/")
