@@ -17,7 +17,9 @@ from workflow_src.workflow import (
     SPLITS,
     WORLDS,
     any_of,
+    limit_gpus,
     limit_servers,
+    local_gpus,
     open_workflow,
     require_keys,
     shell_prefix,
@@ -29,12 +31,13 @@ if not workflow.overwrite_configfiles:
     configfile: f"{workflow.basedir}/config/config.yaml"
 
 
-flow = open_workflow(config)
+flow = open_workflow(config, local_gpus(workflow))
 results = flow.results
 PUBLISHED = sorted(file.stem for file in Path(workflow.basedir, "config", "published").glob("*.csv"))
 ROLLOUTS = "{results}/rollouts/{world}/{policy}/shard_{shard}/rollouts.parquet"
-shell.prefix(shell_prefix(workflow.deployment_settings.deployment_method))
+shell.prefix(shell_prefix(workflow.deployment_settings.deployment_method, flow.devices))
 limit_servers(workflow)
+limit_gpus(workflow, flow.devices)
 
 
 report: "config/report/workflow.rst"

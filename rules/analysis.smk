@@ -182,10 +182,13 @@ rule replay_corrupted:
     conda:
         "../envs/base.yaml"
     threads: 2
+    resources:
+        gpu=flow.gpus(1),
     params:
         folder=f"{results}/corrupted",
     shell:
-        "python -m workflow_src.rollouts.corruptions --config {input.config} --trials {input.trials}"
+        "lease {resources.gpu} python -m workflow_src.rollouts.corruptions"
+        " --config {input.config} --trials {input.trials}"
         " --rollouts {input.rollouts} --world-model {input.world_model} --out {params.folder} 2>&1 | tee {log}"
 
 
@@ -203,8 +206,10 @@ rule judge_corrupted:
     conda:
         "../envs/base.yaml"
     threads: 1
+    resources:
+        gpu=flow.gpus(1),
     shell:
-        "python -m workflow_src.judges.score --config {input.config} --judge {input.judge}"
+        "lease {resources.gpu} python -m workflow_src.judges.score --config {input.config} --judge {input.judge}"
         " --rollouts {input.rollouts} --out {output} 2>&1 | tee {log}"
 
 

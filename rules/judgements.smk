@@ -28,11 +28,14 @@ rule train_judge:
     conda:
         "../envs/base.yaml"
     threads: 1
+    resources:
+        gpu=flow.gpus(1),
     params:
         state=f"{results}/state/judge",
         tokenizer=f"{results}/tokenizer",
     shell:
-        "python -m workflow_src.training.judge --config {input.config} --episodes {input.episodes}"
+        "lease {resources.gpu} python -m workflow_src.training.judge"
+        " --config {input.config} --episodes {input.episodes}"
         " --tokenizer {params.tokenizer} --out {output} --state {params.state} 2>&1 | tee {log}"
 
 
@@ -50,8 +53,10 @@ rule judge_rollouts:
     conda:
         "../envs/base.yaml"
     threads: 1
+    resources:
+        gpu=flow.gpus(1),
     shell:
-        "python -m workflow_src.judges.score --config {input.config} --judge {input.judge}"
+        "lease {resources.gpu} python -m workflow_src.judges.score --config {input.config} --judge {input.judge}"
         " --rollouts {input.rollouts} --out {output} 2>&1 | tee {log}"
 
 
@@ -108,10 +113,12 @@ rule calibrate_judges:
     conda:
         "../envs/base.yaml"
     threads: 1
+    resources:
+        gpu=flow.gpus(1),
     params:
         probes=flow.config.judges.probes,
     shell:
-        "python -m workflow_src.judges.calibrate --config {input.config} --weights {input.judge}"
+        "lease {resources.gpu} python -m workflow_src.judges.calibrate --config {input.config} --weights {input.judge}"
         " --rollouts {input.rollouts} --count {params.probes} --out {output} 2>&1 | tee {log}"
 
 

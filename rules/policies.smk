@@ -21,10 +21,13 @@ rule train_policy_network:
     conda:
         "../envs/base.yaml"
     threads: 1
+    resources:
+        gpu=flow.gpus(1),
     params:
         state=f"{results}/state/policies/{{network}}",
     shell:
-        "python -m workflow_src.training.behaviour_cloning --config {input.config} --network {wildcards.network}"
+        "lease {resources.gpu} python -m workflow_src.training.behaviour_cloning"
+        " --config {input.config} --network {wildcards.network}"
         " --episodes {input.episodes} --out {output} --state {params.state} 2>&1 | tee {log}"
 
 
@@ -39,12 +42,14 @@ rule serve_policy:
     conda:
         lambda wildcards: flow.environment(wildcards.policy)
     threads: 0
+    resources:
+        gpu=flow.gpus(1),
     params:
         networks=f"{results}/policies",
         python=lambda wildcards: flow.interpreter(wildcards.policy),
     shell:
         "exec {params.python} -m workflow_src.policies.serve --config {input.config} --policy {wildcards.policy}"
-        " --networks {params.networks} --endpoint-file {output} --log {log} --threads 1"
+        " --networks {params.networks} --endpoint-file {output} --log {log} --threads 1 --gpus {resources.gpu}"
 
 
 rule examine_policy:
@@ -63,12 +68,15 @@ rule examine_policy:
         f"{results}/logs/examine_policy/{{policy}}.log",
     conda:
         lambda wildcards: flow.environment(wildcards.policy)
+    resources:
+        gpu=flow.gpus(1),
     params:
         networks=f"{results}/policies",
         python=lambda wildcards: flow.interpreter(wildcards.policy),
         endpoint=lambda wildcards: flow.endpoint_arguments(wildcards.policy),
     shell:
-        "{params.python} -m workflow_src.policies.doctor {wildcards.policy} {params.endpoint}--config {input.config}"
+        "lease {resources.gpu} {params.python} -m workflow_src.policies.doctor"
+        " {wildcards.policy} {params.endpoint}--config {input.config}"
         " --networks {params.networks} --trials {input.trials} --out {output} 2>&1 | tee {log}"
 
 

@@ -51,6 +51,7 @@ rule roll_out:
         "../envs/base.yaml"
     threads: 1
     resources:
+        gpu=lambda wildcards: 0 if flow.served(wildcards.policy) else flow.gpus(1),
         servers=lambda wildcards: int(flow.served(wildcards.policy)),
         # Patience in seconds is no part of a result: as resources, these rerun nothing.
         server_deadline=flow.config.rollouts.server_deadline,
@@ -59,7 +60,7 @@ rule roll_out:
         endpoint=lambda wildcards, input: input.get("endpoint") or flow.config.policies[wildcards.policy].endpoint,
         shards=flow.config.rollouts.shards,
     shell:
-        "python -m workflow_src.rollouts.run --config {input.config} --policy {wildcards.policy}"
+        "lease {resources.gpu} python -m workflow_src.rollouts.run --config {input.config} --policy {wildcards.policy}"
         " --shard {wildcards.shard} --shards {params.shards} --endpoint {params.endpoint} --trials {input.trials}"
         " --world-model {input.world_model} --lab-out {output.lab} --world-model-out {output.world_model}"
         " --server-deadline {resources.server_deadline} --step-timeout {resources.step_timeout}"

@@ -25,10 +25,13 @@ rule train_tokenizer:
     conda:
         "../envs/base.yaml"
     threads: 1
+    resources:
+        gpu=flow.gpus(1),
     params:
         state=f"{results}/state/tokenizer",
     shell:
-        "python -m workflow_src.training.tokenizer --config {input.config} --episodes {input.episodes}"
+        "lease {resources.gpu} python -m workflow_src.training.tokenizer"
+        " --config {input.config} --episodes {input.episodes}"
         " --validation {input.validation} --out {output} --state {params.state} 2>&1 | tee {log}"
 
 
@@ -46,10 +49,13 @@ rule cache_latents:
     conda:
         "../envs/base.yaml"
     threads: 1
+    resources:
+        gpu=flow.gpus(1),
     params:
         tokenizer=f"{results}/tokenizer",
     shell:
-        "python -m workflow_src.episodes.latents --config {input.config} --episodes {input.episodes:q}"
+        "lease {resources.gpu} python -m workflow_src.episodes.latents"
+        " --config {input.config} --episodes {input.episodes:q}"
         " --tokenizer {params.tokenizer} --out {output} 2>&1 | tee {log}"
 
 
@@ -70,6 +76,8 @@ rule train_world_model:
     conda:
         "../envs/base.yaml"
     threads: flow.config.world_model.processes
+    resources:
+        gpu=flow.gpus(flow.config.world_model.processes),
     params:
         state=f"{results}/state/world_model",
         tokenizer=f"{results}/tokenizer",
@@ -77,7 +85,8 @@ rule train_world_model:
     # addresses of before (pytorch issue 135712).
     shell:
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
-        " torchrun --standalone --max-restarts=3 --nproc-per-node={threads} -m workflow_src.training.world_model"
+        " lease {resources.gpu} torchrun --standalone --max-restarts=3"
+        " --nproc-per-node=$(({resources.gpu} ? {resources.gpu} : {threads})) -m workflow_src.training.world_model"
         " --config {input.config} --latents {input.latents} --episodes {input.episodes:q}"
         " --validation {input.validation} --validation-episodes {input.validation_episodes:q}"
         " --tokenizer {params.tokenizer} --out {output} --state {params.state} 2>&1 | tee {log}"
@@ -100,9 +109,12 @@ rule sweep_world_model:
         f"{results}/benchmarks/sweep_world_model.jsonl"
     conda:
         "../envs/base.yaml"
+    resources:
+        gpu=flow.gpus(1),
     params:
         world_model=f"{results}/world_model",
         trials=f"{results}/trials",
     shell:
-        "python -m workflow_src.world_model.sweep --world-model {params.world_model} --frame {params.trials}"
+        "lease {resources.gpu} python -m workflow_src.world_model.sweep"
+        " --world-model {params.world_model} --frame {params.trials}"
         " --out {output} 2>&1 | tee {log}"

@@ -98,9 +98,12 @@ def run(stage: Stage, options: argparse.Namespace, client: PolicyClient) -> None
 
 
 def use_devices(devices: list[str]) -> None:
-    """Work on the accelerators that the policy server was granted. Call before torch is imported."""
+    """Work on the accelerator that the policy server was granted, of several on the last, which the server leaves alone.
+
+    Call before torch is imported.
+    """
     if devices:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[-1]
 
 
 def arguments() -> argparse.Namespace:
