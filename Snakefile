@@ -12,6 +12,7 @@ from snakemake.utils import min_version
 min_version("9.20")
 
 sys.path.insert(0, workflow.basedir)
+from workflow_src.preflight.costs import note_work
 from workflow_src.workflow import (
     CORRUPTIONS,
     SPLITS,
@@ -46,6 +47,7 @@ report: "config/report/workflow.rst"
 # A key that is missing after hours of work would be found out too late.
 onstart:
     require_keys(flow, workflow.dag.needrun_jobs())
+    note_work(flow.config, workflow.dag.needrun_jobs())
 
 
 wildcard_constraints:
@@ -66,6 +68,12 @@ rule all:
         f"{results}/figures/policy_ranking.png",
         f"{results}/gallery/index.html",
         f"{results}/notebooks/policy_ranking.html",
+
+
+# What the default target would run, why, what it would cost and what is missing: the same as `make preflight`.
+rule preflight:
+    shell:
+        f"python -m workflow_src.preflight --configfile {results}/run_config.yaml"
 
 
 include: "rules/episodes.smk"
