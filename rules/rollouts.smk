@@ -53,7 +53,7 @@ rule roll_out:
     threads: 1
     resources:
         servers=lambda wildcards: int(flow.served(wildcards.policy)),
-        gpu=rollout_gpus(flow.config),
+        gpu=rollout_gpus(flow),
         cpus_per_task=1,
         mem_mb=growing(6000),
         runtime=growing(480, DAY),
@@ -64,7 +64,7 @@ rule roll_out:
         endpoint=lambda wildcards, input: input.get("endpoint") or flow.config.policies[wildcards.policy].endpoint,
         shards=flow.config.rollouts.shards,
     shell:
-        "python -m workflow_src.rollouts.run --config {input.config} --policy {wildcards.policy}"
+        "lease {resources.gpu} python -m workflow_src.rollouts.run --config {input.config} --policy {wildcards.policy}"
         " --shard {wildcards.shard} --shards {params.shards} --endpoint {params.endpoint} --trials {input.trials}"
         " --world-model {input.world_model} --lab-out {output.lab} --world-model-out {output.world_model}"
         " --server-deadline {resources.server_deadline} --step-timeout {resources.step_timeout}"

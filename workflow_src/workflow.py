@@ -18,6 +18,7 @@ from workflow_src.common import config as configuration
 from workflow_src.common.config import to_dict, write_stage
 from workflow_src.common.errors import UserError
 from workflow_src.common.files import write_if_changed
+from workflow_src.common.gpus import POOL, visible_gpus
 from workflow_src.common.progress import say
 from workflow_src.common.sections import Config
 from workflow_src.episodes.mixture import Mixture, read_mixture
@@ -37,6 +38,7 @@ class Workflow:
     """One checked configuration and everything the rules ask about it."""
 
     config: Config
+    devices: tuple[str, ...] | None = None  # GPUs of this machine for its jobs; None: jobs run elsewhere, on a cluster
 
     @property
     def results(self) -> str:
@@ -114,6 +116,12 @@ class Workflow:
         """Latent caches of a split; none where latents are encoded on the fly."""
         cached = self.config.world_model.latents == "cached"
         return [f"{self.results}/latents/{dataset}/{split}/latents.json" for dataset in datasets if cached]
+
+    def gpus(self, configured: int) -> int:
+        """The GPUs that a job asks for: on a cluster as configured, on a machine with GPUs at least one, else none."""
+        if self.devices is None:
+            return configured
+        return max(1, configured) if self.devices else 0
 
     def served(self, policy: str) -> bool:
         """Whether the workflow starts this policy's server itself."""
@@ -233,18 +241,18 @@ def _stages(config: Config) -> dict[str, dict[str, Any]]:
     return stages
 
 
-def checked(mapping: dict[str, Any]) -> Workflow:
+def checked(mapping: dict[str, Any], devices: tuple[str, ...] | None = None) -> Workflow:
     """Build and cross-check the configuration that Snakemake merged. Raises `UserError` before any job starts."""
-    return Workflow(check(configuration.from_dict(Config, mapping)))
+    return Workflow(check(configuration.from_dict(Config, mapping)), devices)
 
 
 # ---- Snakefile helpers ----------------------------------------------------------------------------------------------
 
 
-def open_workflow(mapping: dict[str, Any]) -> Workflow:
+def open_workflow(mapping: dict[str, Any], devices: tuple[str, ...] | None = None) -> Workflow:
     """`checked`, for the Snakefile: a mistake ends Snakemake with one line and no traceback."""
     try:
-        workflow = checked(json.loads(json.dumps(mapping)))
+        workflow = checked(json.loads(json.dumps(mapping)), devices)
         workflow.write_stage_files()
         return workflow
     except UserError as error:
@@ -295,19 +303,25 @@ def require_keys(workflow: Workflow, jobs: Iterable[Any]) -> None:
 OUTLAST_SIGTERM = "trap : TERM; tee() ( trap '' TERM; exec tee \"$@\" ); "
 
 
-def shell_prefix(deployment: Any, config: Config) -> str:
+def shell_prefix(deployment: Any, config: Config, devices: tuple[str, ...] | None = ()) -> str:
     """Opens every job's shell: `python -m workflow_src…` works from any directory, and idle OpenMP threads stay off the cores.
 
     With conda among Snakemake's `deployment` methods, each rule's environment has put its own Python first. Otherwise it is
     the Python that runs Snakemake. What `config` says about the way there, and not about results, travels as variables:
-    a changed prefix reruns nothing.
+    a changed prefix reruns nothing. `lease N command` is the command, on N of `devices` that are its alone; where there are
+    none, nothing stands before it.
     """
     conda = "conda" in map(str, deployment)
     settings = f"PYTHONPATH={shlex.quote(str(ROOT))} OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1"
     path = "" if conda else f" PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
     given = "".join(f" {name}={shlex.quote(value)}" for name, value in manner_variables(config).items())
+    given += f" {POOL}={shlex.quote(','.join(devices))}" if devices else ""
+    launcher = 'shift; exec "$@"' if devices == () else 'exec python -m workflow_src.common.gpus "$@"'
+    lease = _doubled(f"lease() {{ {launcher}; }}; ")
     # A job's shell would survive a killed Snakemake and hide its death from the job, so jobs watch Snakemake itself.
-    return f"set -euo pipefail; export {settings}{path} REHEARSAL_PARENT=$PPID{_doubled(given)}; {OUTLAST_SIGTERM}"
+    return (
+        f"set -euo pipefail; export {settings}{path} REHEARSAL_PARENT=$PPID{_doubled(given)}; {OUTLAST_SIGTERM}{lease}"
+    )
 
 
 def _doubled(text: str) -> str:
@@ -356,6 +370,19 @@ def limit_servers(workflow: Any) -> None:
     """
     if not _submits(workflow) and "servers" not in workflow.global_resources:
         workflow.register_resource("servers", servers_at_once(workflow.resource_settings.cores or 1))
+
+
+def local_gpus(workflow: Any) -> tuple[str, ...] | None:
+    """Ids of the GPUs that Snakemake's `workflow` can give to jobs on this machine; None where a cluster runs its jobs."""
+    # Snakemake does not say here what will run the jobs. Only a cluster has a limit to the number of jobs, and in a job of
+    # a cluster works a Snakemake of its own, which is not the main one.
+    return tuple(visible_gpus()) if workflow.nodes is None and workflow.is_main_process else None
+
+
+def limit_gpus(workflow: Any, devices: tuple[str, ...] | None) -> None:
+    """Declare to Snakemake's `workflow` how many GPUs its jobs may use at once here, unless `--resources` says it."""
+    if devices and "gpu" not in workflow.global_resources:
+        workflow.register_resource("gpu", len(devices))
 
 
 def any_of(names: Any) -> str:

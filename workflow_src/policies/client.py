@@ -46,13 +46,13 @@ class _Peer:
 
     def __init__(self, endpoint: str | Path, token: str | None, policy: str, allow_plaintext: bool):
         self.file = None if str(endpoint).startswith(("ws://", "wss://")) else Path(endpoint)
-        self.pid, self.log, self.devices = None, None, []
+        self.pid, self.log = None, None
         if self.file is None:
             self.url, self.token, self.policy = str(endpoint), token, policy or str(endpoint)
         else:
             content = _read_endpoint(self.file, policy)
             self.url, self.token = f"ws://{content['host']}:{content['port']}", token or content["token"]
-            self.pid, self.log, self.devices = content["pid"], content.get("log"), content.get("devices") or []
+            self.pid, self.log = content["pid"], content.get("log")
             self.policy = policy or content["policy"]
         parts = urllib.parse.urlsplit(self.url)
         self.loopback = is_loopback(parts.hostname or "")
@@ -60,6 +60,10 @@ class _Peer:
             raise UserError(
                 f"policy {self.policy}: {self.url} is another machine; use wss:// or set allow_plaintext: true"
             )
+
+    def devices(self) -> list[str]:
+        """Accelerators that its server was granted. It may have waited for them until it was ready."""
+        return [] if self.file is None else _read_endpoint(self.file, self.policy).get("devices") or []
 
     def gone(self) -> bool:
         return self.pid is not None and not alive(self.pid)
@@ -182,7 +186,7 @@ class PolicyClient:
         connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
         self.metadata = wire.Metadata.from_wire(self._receive(time.monotonic()))
         self.metadata_digest: str = self.metadata.digest()
-        self.devices: list[str] = peer.devices  # accelerators the server was granted
+        self.devices: list[str] = peer.devices()  # accelerators the server was granted, for the rollouts as well
         if self.metadata.units != "metric":
             raise peer.error(f"its server speaks {self.metadata.units!r} actions; this one understands 'metric'")
 

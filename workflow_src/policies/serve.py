@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+from workflow_src.common import gpus
 from workflow_src.common.errors import UserError, run_cli
 from workflow_src.common.process import die_with_parent, start_watchdog_on_sigterm
 from workflow_src.common.progress import say
@@ -43,6 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback)")
     parser.add_argument("--port", type=int, default=0, help="port to listen on (default: any free one)")
     parser.add_argument("--threads", type=int, default=1, help="threads of the policy's framework")
+    parser.add_argument("--gpus", type=int, help="GPUs to lease for policy and world model (default: all visible ones)")
     parser.add_argument("--parent", type=int, help="end when this process ends (default: the parent)")
     parser.add_argument(
         "--connect-deadline", type=float, default=900, help="end when nobody connects for so many seconds"
@@ -51,8 +53,11 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(options: argparse.Namespace):
+def load(options: argparse.Namespace, endpoint: lifecycle.Endpoint):
     """Reads the configuration and loads the policy. Everything heavy is imported from here on."""
+    if options.gpus is not None:
+        # Only now: the endpoint file may not wait for a GPU.
+        endpoint.grant(options.endpoint_file, gpus.take(options.gpus))
     from dataclasses import replace
 
     from workflow_src.common.config import check_name, load_stage
@@ -67,11 +72,11 @@ def load(options: argparse.Namespace):
     return loaded
 
 
-def infer(server, options: argparse.Namespace, outcome: list[int]) -> None:
+def infer(server, options: argparse.Namespace, endpoint: lifecycle.Endpoint, outcome: list[int]) -> None:
     """Body of the inference thread. Leaves an exit code in `outcome` when loading fails."""
     server.stage = f"loading policy {options.policy}"
     try:
-        run_cli(lambda: server.run(lambda: load(options)))
+        run_cli(lambda: server.run(lambda: load(options, endpoint)))
     except SystemExit as left:
         outcome.append(left.code if isinstance(left.code, int) else 1)
     except BaseException:
@@ -108,7 +113,6 @@ def main() -> None:
     lifecycle.start_guardian(options.endpoint_file, filter(None, watched))
     lifecycle.redirect_output(options.log)
     listener, endpoint = lifecycle.bind(options.host, options.port, options.policy, options.log)
-    lifecycle.leave_last(endpoint.devices)
 
     def clean() -> None:
         endpoint.remove(options.endpoint_file)
@@ -122,7 +126,7 @@ def main() -> None:
 
     server = PolicyServer(listener, endpoint.token)
     outcome: list[int] = []
-    worker = threading.Thread(target=infer, args=(server, options, outcome), name="inference", daemon=True)
+    worker = threading.Thread(target=infer, args=(server, options, endpoint, outcome), name="inference", daemon=True)
     worker.start()
     say(f"ending: {wait(server, options, worker)}")
     # After a failure the endpoint file stays: it leads the client to this log.

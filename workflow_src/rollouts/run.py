@@ -100,7 +100,7 @@ def run(stage: Stage, options: argparse.Namespace, client: PolicyClient) -> None
 def use_devices(devices: list[str]) -> None:
     """Work on the last accelerator that the policy's server was granted. Call before torch is imported.
 
-    Of several, the server leaves that one to the world model (`lifecycle.leave_last`).
+    Of several, the server leaves that one to the world model (`lifecycle.Endpoint.grant`).
     """
     if devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[-1]
