@@ -27,6 +27,7 @@ SPLITS = {"train": ("train",), "validation": ("validation", "val", "test")}  # w
 FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 LEARNED = ("classifier", "state")  # judges that one training makes and one job runs
 HUMAN = "human"
+EXISTING = "conda:"  # before the name of a conda environment that exists
 
 
 def check(config: Config) -> Config:
@@ -170,10 +171,7 @@ def _check_policies(config: Config) -> None:
         if policy.foreign != Foreign():
             raise UserError(f"{path}.foreign: is for a server that is already running; name it as endpoint")
         check_name(f"{path}.adapter", policy.adapter, ADAPTERS)
-        if "/" not in policy.env:
-            check_name(f"{path}.env", policy.env, [file.stem for file in (ROOT / "envs").glob("*.yaml")])
-        elif not os.access(Path(policy.env).expanduser(), os.X_OK):
-            raise UserError(f"{path}.env: {policy.env!r} is no Python interpreter here; see envs/build.py")
+        _check_environment(f"{path}.env", policy.env)
         if policy.network:
             check_name(f"{path}.network", policy.network, config.behaviour_cloning)
             snapshots = config.behaviour_cloning[policy.network].snapshots
@@ -187,6 +185,21 @@ def _check_policies(config: Config) -> None:
             raise UserError(
                 f"behaviour_cloning.{name}.snapshots: {late[0]} is outside 1…{network.training.steps} (training.steps)"
             )
+
+
+def _check_environment(path: str, env: str) -> None:
+    """Raise where nothing is at hand that could serve; the name of a conda environment is conda's to check."""
+    if "/" in env:
+        if not os.access(python_of(env), os.X_OK):
+            raise UserError(f"{path}: {env!r} is no Python interpreter here; see envs/build.py")
+    elif not env.startswith(EXISTING):
+        check_name(path, env, [file.stem for file in (ROOT / "envs").glob("*.yaml")])
+
+
+def python_of(env: str) -> Path:
+    """The interpreter that `env` is, or that lies in the environment's folder `env`."""
+    path = Path(env).expanduser()
+    return path / "bin" / "python" if path.is_dir() else path
 
 
 def _check_file_name(path: str, name: str) -> None:

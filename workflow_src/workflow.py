@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow_src.checks import (
+    EXISTING,
     HUMAN,
     LEARNED,
     ROOT,
@@ -21,6 +22,7 @@ from workflow_src.checks import (
     check,
     gathered,
     prompt_file,
+    python_of,
     recorded_sets,
     split_folder,
 )
@@ -151,14 +153,19 @@ class Workflow:
         return not self.config.policies[policy].endpoint
 
     def environment(self, policy: str) -> str | None:
-        """Conda environment of a policy's server: a file beside the rules; None where an interpreter is configured."""
+        """Conda environment of a policy's server: a file beside the rules, or one that exists, by its name.
+
+        None where an interpreter or the folder of an environment is configured.
+        """
         env = self.config.policies[policy].env
-        return None if "/" in env else f"../envs/{env}.yaml"
+        if "/" in env:
+            return None
+        return env.removeprefix(EXISTING) if env.startswith(EXISTING) else f"../envs/{env}.yaml"
 
     def interpreter(self, policy: str) -> str:
         """What runs a policy's server: the environment's Python, or the configured one."""
         env = self.config.policies[policy].env
-        return shlex.quote(str(Path(env).expanduser())) if "/" in env else "python"
+        return shlex.quote(str(python_of(env))) if "/" in env else "python"
 
     def endpoint_arguments(self, policy: str) -> str:
         """How the doctor reaches a policy whose server is already running; empty: it serves the policy itself."""

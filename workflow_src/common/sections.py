@@ -254,7 +254,8 @@ class Policy:
     offline: bool = False  # load from disk alone
     execution: Literal["", "first", "all", "ensemble"] = ""  # what is done of a chunk of actions; empty: as published
     files: dict[str, str] = field(default_factory=dict)  # further files of an adapter: name → path
-    env: str = "tabletop"  # conda environment envs/<env>.yaml, or path of a Python interpreter
+    # Conda environment: envs/<env>.yaml; conda:<name> of one that exists; its folder; or path of a Python interpreter.
+    env: str = "tabletop"
     endpoint: str = ""  # ws://host:port of a server that is already running, instead of adapter and env
     foreign: Foreign = field(default_factory=Foreign)  # what that server calls things, and in which units it answers
     revision: str = ""  # what that server serves, required with `endpoint`; of a checkpoint: see above
