@@ -134,7 +134,7 @@ def test_everything_that_is_missing_is_named_at_once(tmp_path, monkeypatch):
         (tmp_path / "frames" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "frames" / file).touch()
     config = yaml.safe_load(MINI.read_text())
-    config["trials"] = {"root": "frames"}
+    config["trials"] = {"root": "frames", "suites": ["bridge_17"]}
     config["judges"]["vlm"] = {"gpt": {"model": "m", "key_env": "ABSENT_KEY", "price_input": 1, "price_output": 1}}
     config["policies"]["act"] = {"adapter": "lerobot", "env": "lerobot", "checkpoint": "downloads/act/model"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -146,9 +146,10 @@ def test_everything_that_is_missing_is_named_at_once(tmp_path, monkeypatch):
         "judges.vlm.gpt.key_env: environment variable ABSENT_KEY is not set; export the key for "
         "https://api.openai.com/v1, or name another variable",
         "environment lerobot (of act): is made only with --use-conda; add it, or name a Python interpreter as env",
-        "trials.root: frames: no first frames for lift, pour, push_left; each needs <name>.png + <name>.json",
+        "trials.root: frames: no pictures for lift, which a .json there describes",
     ]
     said = found.text()
+    assert "ok       trials.suites: bridge_17: no first frames for " in said
     assert "not measured yet: ask_vlm, calibrate_vlm" in said and "at least " in said and "API cost" in said
     assert said.endswith("not ready: 4 thing(s) missing")
 

@@ -13,7 +13,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from workflow_src.checks import HUMAN, LEARNED, ROOT, SPLITS, check, prompt_file, recorded_sets, split_folder
+from workflow_src.checks import (
+    EXISTING,
+    HUMAN,
+    LEARNED,
+    ROOT,
+    SPLITS,
+    check,
+    gathered,
+    prompt_file,
+    python_of,
+    recorded_sets,
+    split_folder,
+)
 from workflow_src.common import config as configuration
 from workflow_src.common.config import to_dict, write_stage
 from workflow_src.common.errors import UserError
@@ -24,6 +36,8 @@ from workflow_src.common.sections import Config
 from workflow_src.episodes.mixture import Mixture, read_mixture
 from workflow_src.episodes.registry import Dataset, entry_dict
 from workflow_src.episodes.sources import description
+from workflow_src.rollouts.pictures import SUFFIXES
+from workflow_src.rollouts.suites import LIST, left_out, origins, tasks_of
 from workflow_src.training.local_cache import VARIABLE
 from workflow_src.world_model.published import is_address
 
@@ -108,6 +122,26 @@ class Workflow:
         return _nothing_to_record if self.config.lab.scene == "none" else self.stage("episodes")
 
     @property
+    def gathered(self) -> bool:
+        """Whether trials come from elsewhere than the lab."""
+        return gathered(self.config)
+
+    @cached_property
+    def lists(self) -> dict[str, str]:
+        """Task → address, of the public lists of first frames that trials are made of."""
+        asked, there = tasks_of(self.config.trials.suites), origins(self.config.trials)
+        listed = {there[task].shown for task in self.config.lab.tasks if task in there and there[task].kind == LIST}
+        return {task: asked[task].list for task in sorted(listed)}
+
+    @property
+    def pictures(self) -> list[str]:
+        """Somebody's own first frames and what is said beside them."""
+        root = Path(self.config.trials.root)
+        wanted = (*SUFFIXES, ".json")
+        found = root.glob("*/*") if self.config.trials.root else ()
+        return sorted(str(path) for path in found if path.suffix.lower() in wanted and path.name[0] != ".")
+
+    @property
     def worlds(self) -> tuple[str, ...]:
         """The worlds that policies are rolled out in."""
         return WORLDS[1:] if self.config.lab.scene == "none" else WORLDS
@@ -128,14 +162,19 @@ class Workflow:
         return not self.config.policies[policy].endpoint
 
     def environment(self, policy: str) -> str | None:
-        """Conda environment of a policy's server: a file beside the rules; None where an interpreter is configured."""
+        """Conda environment of a policy's server: a file beside the rules, or one that exists, by its name.
+
+        None where an interpreter or the folder of an environment is configured.
+        """
         env = self.config.policies[policy].env
-        return None if "/" in env else f"../envs/{env}.yaml"
+        if "/" in env:
+            return None
+        return env.removeprefix(EXISTING) if env.startswith(EXISTING) else f"../envs/{env}.yaml"
 
     def interpreter(self, policy: str) -> str:
         """What runs a policy's server: the environment's Python, or the configured one."""
         env = self.config.policies[policy].env
-        return shlex.quote(str(Path(env).expanduser())) if "/" in env else "python"
+        return shlex.quote(str(python_of(env))) if "/" in env else "python"
 
     def endpoint_arguments(self, policy: str) -> str:
         """How the doctor reaches a policy whose server is already running; empty: it serves the policy itself."""
@@ -219,7 +258,17 @@ def _stages(config: Config) -> dict[str, dict[str, Any]]:
         "trials": {"lab": lab, "trials": None},
         "corruptions": {"lab": lab, "rollouts": rollouts},
         "analysis": {
-            name: None for name in ("lab", "policies", "behaviour_cloning", "judges", "trials", "analysis", "reality")
+            name: None
+            for name in (
+                "lab",
+                "policies",
+                "behaviour_cloning",
+                "judges",
+                "trials",
+                "analysis",
+                "reality",
+                "reality_names",
+            )
         },
     }
     if config.world_model.source.checkpoint:
@@ -254,9 +303,18 @@ def open_workflow(mapping: dict[str, Any], devices: tuple[str, ...] | None = Non
     try:
         workflow = checked(json.loads(json.dumps(mapping)), devices)
         workflow.write_stage_files()
+        _say_what_is_left_out(workflow.config)
         return workflow
     except UserError as error:
         _end(error)
+
+
+def _say_what_is_left_out(config: Config) -> None:
+    """Tasks of suites that nobody has first frames of; once, not in the Snakemake that a job may run."""
+    if "REHEARSAL_PARENT" not in os.environ:
+        for suite, tasks in left_out(config.trials).items():
+            where = f"put pictures into {config.trials.root or '<trials.root>'}/<task>/"
+            say(f"trials: suite {suite}: no first frames, left out: {', '.join(tasks)}; {where}")
 
 
 def _end(error: UserError) -> None:

@@ -36,7 +36,7 @@ def ranking_lines(rows: list[dict[str, str]]) -> list[str]:
     for row in rows:
         bar = "█" * round(float(row["success_imagined"]) * BAR)
         line = f"  {row['rank_imagined']:>4}  {row['policy']:<{width}}  {bar:·<{BAR}} {_rate(row, 'imagined')}"
-        lines.append(line + (f"  {_rate(row, 'real')}  {row['rank_real']:>4}" if real else ""))
+        lines.append(line + (f"  {_rate(row, 'real')}  {row['rank_real']:>4}" if row["success_real"] else ""))
     lines.append(f"  n = {rows[0]['n_imagined']} rollouts per policy; Wilson intervals; judge: {rows[0]['judge']}; "
                  f"corrected success: {rows[0]['corrected_note'] or 'see the table'}")  # fmt: skip
     return lines

@@ -35,7 +35,7 @@ class Endpoint:
     pid: int
     devices: list[str]  # ids of the accelerators it was granted, for policy and world model; final once it is ready
     policy: str
-    log: str  # absolute path
+    log: str  # absolute path; empty: the terminal it was started in
 
     def write(self, path: Path) -> None:
         """Writes the file atomically, readable by its owner alone because of the token."""
@@ -59,7 +59,7 @@ class Endpoint:
             pass
 
 
-def bind(host: str, port: int, policy: str, log: Path) -> tuple[socket.socket, Endpoint]:
+def bind(host: str, port: int, policy: str, log: Path | None) -> tuple[socket.socket, Endpoint]:
     """A listening socket (port 0: any free one) and the endpoint that describes it, with a fresh token."""
     try:
         listener = socket.create_server((host, port))
@@ -69,9 +69,8 @@ def bind(host: str, port: int, policy: str, log: Path) -> tuple[socket.socket, E
         ) from None
     devices = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
     address = listener.getsockname()
-    return listener, Endpoint(
-        host, address[1], secrets.token_hex(16), os.getpid(), devices, policy, str(log.absolute())
-    )
+    where = str(log.absolute()) if log else ""
+    return listener, Endpoint(host, address[1], secrets.token_hex(16), os.getpid(), devices, policy, where)
 
 
 def redirect_output(log: Path) -> None:

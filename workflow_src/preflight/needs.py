@@ -13,13 +13,14 @@ from pathlib import Path
 
 import yaml
 
-from workflow_src.checks import ROOT, recorded_sets
+from workflow_src.checks import ROOT, gathered, recorded_sets
 from workflow_src.common.errors import UserError
 from workflow_src.common.gpus import visible_gpus
 from workflow_src.common.sections import Config
 from workflow_src.judges.transport import find_key
 from workflow_src.preflight.costs import TABLE, megaweights
 from workflow_src.preflight.dry_run import Job
+from workflow_src.rollouts.suites import PICTURES, left_out, origins, pictures
 from workflow_src.world_model.published import is_address
 
 CONDA = (24, 7, 1)  # what Snakemake 9 asks for
@@ -129,21 +130,23 @@ def _conda() -> Need:
 
 
 def _first_frames(config: Config, rules: set[str]) -> Iterator[Need]:
-    root = Path(config.trials.root)
-    if not config.trials.root or not rules & {"draw_trials", "roll_out"}:
+    trials = config.trials
+    if not gathered(config) or not rules & {"gather_trials", "roll_out"}:
         return
-    if not root.is_dir():
-        yield Need(False, f"trials.root: {root} is not a folder; it holds <task>/<name>.png + .json")
-        return
-    suites = set(config.lab.tasks) | {path.name for path in root.iterdir() if path.is_dir()}
-    empty = [suite for suite in sorted(suites) if not _complete(root / suite)]
-    if empty or not suites:
-        named = f"no first frames for {', '.join(empty)}" if suites else "holds no suites"
-        yield Need(False, f"trials.root: {root}: {named}; each needs <name>.png + <name>.json")
-
-
-def _complete(folder: Path) -> bool:
-    return any(file.with_suffix(".json").is_file() for file in folder.glob("*.png"))
+    if trials.root and not Path(trials.root).is_dir():
+        yield Need(False, f"trials.root: {trials.root} is not a folder; it holds <task>/<name>.png")
+    there = origins(trials)
+    if not there:
+        yield Need(False, "trials: no first frames for any task; see config/trials/README.md")
+    bare = [
+        task for task, origin in there.items() if origin.kind == PICTURES and not pictures(trials.root, origin.shown)
+    ]
+    if bare:
+        yield Need(
+            False, f"trials.root: {trials.root}: no pictures for {', '.join(bare)}, which a .json there describes"
+        )
+    for suite, tasks in left_out(trials).items():
+        yield Need(True, f"trials.suites: {suite}: no first frames for {', '.join(tasks)}; left out")
 
 
 # ---- machines -------------------------------------------------------------------------------------------------------
