@@ -77,14 +77,15 @@ if flow.recorded:
             dataset=any_of(flow.recorded),
             group=r"\d+",
         conda:
-            "../envs/base.yaml"
+            lambda wildcards: flow.reader_environment
         threads: 1
         params:
+            reader=flow.reader,
             source=lambda wildcards: flow.source(wildcards.dataset),
             groups=flow.config.episodes.recorded.groups,
             size=flow.config.lab.image_size,
         shell:
-            "python -m workflow_src.episodes.convert --dataset {wildcards.dataset} --registry {input.registry}"
+            "{params.reader} --dataset {wildcards.dataset} --registry {input.registry}"
             " --source {params.source:q} --shard-group {wildcards.group}/{params.groups} --size {params.size}"
             " --out {output} 2>&1 | tee {log}"
 

@@ -22,6 +22,7 @@ HOST = {
     "chromium": lambda: shutil.which("chromium") is not None,
     "mount": lambda: can_mount(),
     "lerobot": lambda: interpreter("lerobot").is_file(),  # `python envs/build.py lerobot` makes it
+    "tensorflow": lambda: interpreter("tfds").is_file(),  # `python envs/build.py tfds` makes it
 }
 
 

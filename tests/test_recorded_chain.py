@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 import yaml
@@ -98,12 +99,24 @@ def test_a_store_that_is_there_is_not_made_again(tmp_path):
         ("viola", {"copies": {"violin": "/"}}, r"episodes.recorded.copies: 'violin' is unknown"),
         ("viola", {"groups": 0}, r"episodes.recorded.groups: 0 is impossible"),
         ("viola", {"max_rejected": 1}, r"episodes.recorded.max_rejected: 1.0 is not a fraction"),
+        ("viola", {"tensorflow": "tdfs"}, r"episodes.recorded.tensorflow: 'tdfs' is unknown; did you mean 'tfds'"),
+        ("viola", {"tensorflow": "/none/python"}, r"episodes.recorded.tensorflow: '/none/python' is no Python"),
         ("viola", {"registry": "/none.yaml"}, r"/none.yaml: no such file of data sets"),
     ],
 )
 def test_mistakes_are_named_before_any_job(data, recorded, message):
     with pytest.raises(UserError, match=message):
         checked(configured(data, recorded))
+
+
+def test_tensorflow_reads_in_an_environment_of_its_own():
+    flow = checked(configured("viola"))
+    assert (flow.reader_environment, flow.reader) == ("../envs/base.yaml", "python -m workflow_src.episodes.convert")
+    flow = checked(configured("viola", {"tensorflow": "tfds"}))
+    command = "python -m workflow_src.episodes.convert --reader tensorflow"
+    assert (flow.reader_environment, flow.reader) == ("../envs/tfds.yaml", command)
+    flow = checked(configured("viola", {"tensorflow": sys.executable}))
+    assert (flow.reader_environment, flow.reader.split()[0]) == (None, sys.executable)
 
 
 def test_only_robots_whose_axes_are_known_are_mirrored():

@@ -124,6 +124,8 @@ def _check_recorded(config: Config, registered: Iterable[str]) -> None:
         raise UserError(f"episodes.recorded.groups: {recorded.groups} is impossible; it must be at least 1")
     if not 0 <= recorded.max_rejected < 1:
         raise UserError(f"episodes.recorded.max_rejected: {recorded.max_rejected} is not a fraction from 0 to below 1")
+    if recorded.tensorflow:
+        _check_environment("episodes.recorded.tensorflow", recorded.tensorflow, ["tfds"])
     unknown = [
         name for name, entry in recorded_sets(config).items() if EMBODIMENTS[entry.embodiment].lateral_axis is None
     ]
@@ -161,10 +163,7 @@ def _check_policies(config: Config) -> None:
             _check_endpoint(path, policy)
             continue
         check_name(f"{path}.adapter", policy.adapter, ADAPTERS)
-        if "/" not in policy.env:
-            check_name(f"{path}.env", policy.env, [file.stem for file in (ROOT / "envs").glob("*.yaml")])
-        elif not os.access(Path(policy.env).expanduser(), os.X_OK):
-            raise UserError(f"{path}.env: {policy.env!r} is no Python interpreter here; see envs/build.py")
+        _check_environment(f"{path}.env", policy.env, [file.stem for file in (ROOT / "envs").glob("*.yaml")])
         if policy.network:
             check_name(f"{path}.network", policy.network, config.behaviour_cloning)
             snapshots = config.behaviour_cloning[policy.network].snapshots
@@ -178,6 +177,14 @@ def _check_policies(config: Config) -> None:
             raise UserError(
                 f"behaviour_cloning.{name}.snapshots: {late[0]} is outside 1…{network.training.steps} (training.steps)"
             )
+
+
+def _check_environment(path: str, environment: str, names: list[str]) -> None:
+    """Whether it is one of the `names`, or the path of a Python interpreter."""
+    if "/" not in environment:
+        check_name(path, environment, names)
+    elif not os.access(Path(environment).expanduser(), os.X_OK):
+        raise UserError(f"{path}: {environment!r} is no Python interpreter here; see envs/build.py")
 
 
 def _check_file_name(path: str, name: str) -> None:

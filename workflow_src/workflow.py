@@ -120,13 +120,23 @@ class Workflow:
 
     def environment(self, policy: str) -> str | None:
         """Conda environment of a policy's server: a file beside the rules; None where an interpreter is configured."""
-        env = self.config.policies[policy].env
-        return None if "/" in env else f"../envs/{env}.yaml"
+        return _environment(self.config.policies[policy].env)
 
     def interpreter(self, policy: str) -> str:
         """What runs a policy's server: the environment's Python, or the configured one."""
-        env = self.config.policies[policy].env
-        return shlex.quote(str(Path(env).expanduser())) if "/" in env else "python"
+        return _interpreter(self.config.policies[policy].env)
+
+    @property
+    def reader_environment(self) -> str | None:
+        """Conda environment of conversions, like `environment`."""
+        return _environment(self.config.episodes.recorded.tensorflow or "base")
+
+    @property
+    def reader(self) -> str:
+        """The command that converts: its Python, its module, and by whom RLDS is read."""
+        tensorflow = self.config.episodes.recorded.tensorflow
+        module = "-m workflow_src.episodes.convert"
+        return f"{_interpreter(tensorflow)} {module}{' --reader tensorflow' if tensorflow else ''}"
 
     def endpoint_arguments(self, policy: str) -> str:
         """How the doctor reaches a policy whose server is already running; empty: it serves the policy itself."""
@@ -190,6 +200,14 @@ class Workflow:
             write_if_changed(self.stage(f"datasets/{name}"), json.dumps({name: entry_dict(entry)}, indent=1) + "\n")
         for name, sections in _stages(self.config).items():
             write_stage(f"{self.results}/config", name, self.config, sections)
+
+
+def _environment(name: str) -> str | None:
+    return None if "/" in name else f"../envs/{name}.yaml"
+
+
+def _interpreter(name: str) -> str:
+    return shlex.quote(str(Path(name).expanduser())) if "/" in name else "python"
 
 
 def _stages(config: Config) -> dict[str, dict[str, Any]]:

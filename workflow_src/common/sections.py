@@ -52,6 +52,8 @@ class Recorded:
     registry: str = ""  # file of more of them, like that one
     copies: dict[str, str] = field(default_factory=dict)  # name → folder of a copy that is here: nothing is fetched
     groups: int = 8  # jobs that convert one data set
+    # RLDS is read without TensorFlow. With it instead: `tfds` (envs/tfds.yaml), or the path of a Python interpreter.
+    tensorflow: str = ""
     max_rejected: float = 0.02  # share of damaged episodes that is tolerated
 
 

@@ -67,6 +67,9 @@ def main() -> None:
     )
     parser.add_argument("--shard-group", default="1/1", help="which part of the shards: 1/8 to 8/8")
     parser.add_argument("--size", type=int, default=256, help="rows and columns of the frames, even")
+    parser.add_argument(
+        "--reader", choices=("own", "tensorflow"), default="own", help="of RLDS; tensorflow needs envs/tfds.yaml"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the group's result; episodes go to ../<split>/")
     arguments = parser.parse_args()
     die_with_parent()
@@ -74,7 +77,8 @@ def main() -> None:
     group = _read_group(arguments.shard_group)
     if arguments.size < 2 or arguments.size % 2:
         raise UserError(f"--size: {arguments.size} is not an even number of pixels; H.264 needs one")
-    convert(arguments.dataset, entry, open_source(arguments.source), group, arguments.size, arguments.out)
+    source = open_source(arguments.source, arguments.reader == "tensorflow")
+    convert(arguments.dataset, entry, source, group, arguments.size, arguments.out)
 
 
 def convert(name: str, entry: Dataset, source: Source, group: tuple[int, int], size: int, out: Path) -> None:

@@ -24,9 +24,12 @@ def description(root: str | Path) -> Path:
     raise UserError(f"{root}: holds neither {RLDS_INFO} (RLDS) nor {LEROBOT_INFO} (LeRobot); give the folder that does")
 
 
-def open_source(root: str | Path) -> Source:
-    """Read access to the data set in the folder `root`."""
+def open_source(root: str | Path, tensorflow: bool = False) -> Source:
+    """Read access to the data set in the folder `root`; RLDS by our reader, or by TensorFlow's."""
     from workflow_src.episodes.lerobot import LeRobot
     from workflow_src.episodes.rlds import Rlds
+    from workflow_src.episodes.tensorflow_reader import TensorflowRlds
 
-    return Rlds(root) if description(root).name == RLDS_INFO else LeRobot(root)
+    if description(root).name != RLDS_INFO:
+        return LeRobot(root)
+    return TensorflowRlds(root) if tensorflow else Rlds(root)
