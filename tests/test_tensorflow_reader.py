@@ -57,3 +57,7 @@ def test_without_tensorflow_it_says_where_there_is_one(tmp_path):
     source = make_source(tmp_path / "source", shards=1, each=1)
     with pytest.raises(UserError, match=r"--reader tensorflow: No module named 'tensorflow'; .*envs/tfds.yaml"):
         open_source(source, tensorflow=True)
+    with pytest.raises(
+        UserError, match=r"--reader: tensorflow reads files, not http://127.0.0.1:9/x; fetch them first"
+    ):
+        open_source("http://127.0.0.1:9/x", tmp_path, tensorflow=True)

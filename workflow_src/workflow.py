@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from workflow_src.checks import HUMAN, LEARNED, ROOT, SPLITS, check, prompt_file, recorded_sets, split_folder
+from workflow_src.checks import HUMAN, LEARNED, ROOT, check, prompt_file, recorded_sets, split_folder
 from workflow_src.common import config as configuration
 from workflow_src.common.config import to_dict, write_stage
 from workflow_src.common.errors import UserError
@@ -22,7 +22,7 @@ from workflow_src.common.progress import say
 from workflow_src.common.sections import Config
 from workflow_src.episodes.mixture import Mixture, read_mixture
 from workflow_src.episodes.registry import Dataset, entry_dict
-from workflow_src.episodes.sources import description
+from workflow_src.episodes.sources import SPLITS, description
 from workflow_src.world_model.published import is_address
 
 WORLDS = ("lab", "world_model")
@@ -69,18 +69,27 @@ class Workflow:
 
     @cached_property
     def recorded(self) -> dict[str, Dataset]:
-        """The registered data sets among them, which are fetched and converted."""
+        """The registered data sets among them, and the one that is asked for, which are fetched and converted."""
         return recorded_sets(self.config)
 
-    def source(self, dataset: str) -> str:
-        """Folder of a registered data set as its authors publish it: a copy that is here, or the download."""
-        return self.config.episodes.recorded.copies.get(dataset, f"{self.results}/downloads/{dataset}")
+    @property
+    def asked(self) -> list[str]:
+        """The registered data sets that `recorded_data` makes."""
+        return [name for name in self.recorded if self.config.dataset in ("all", name)]
 
-    def source_file(self, dataset: str) -> str:
-        """The file that stands for that folder among a rule's inputs."""
+    def source(self, dataset: str) -> str:
+        """A registered data set as its authors publish it: folder of a copy that is here, or of the download, or address."""
+        recorded, entry = self.config.episodes.recorded, self.recorded[dataset]
+        fetched = f"{self.results}/downloads/{dataset}"
+        streamed = recorded.stream and entry.address and not entry.files
+        return recorded.copies.get(dataset, entry.address if streamed else fetched)
+
+    def source_file(self, dataset: str) -> str | list[str]:
+        """The file that stands for that folder among a rule's inputs; none where it is read from the network."""
+        source = self.source(dataset)
         if dataset in self.config.episodes.recorded.copies:
-            return str(description(self.source(dataset)))
-        return f"{self.source(dataset)}/download.json"
+            return str(description(source))
+        return [] if "://" in source else f"{source}/download.json"
 
     def groups(self, dataset: str) -> list[str]:
         """Results of all shard groups of a registered data set."""
@@ -108,6 +117,11 @@ class Workflow:
     def worlds(self) -> tuple[str, ...]:
         """The worlds that policies are rolled out in."""
         return WORLDS[1:] if self.config.lab.scene == "none" else WORLDS
+
+    def seen_by_tokenizer(self, split: str) -> str:
+        """The episodes that the tokenizer is trained on: the lab's, or without a lab the world model's first data set's."""
+        none = self.config.lab.scene == "none"
+        return self.store(self.mixture.names[0] if none else self.config.episodes.dataset, split)
 
     def caches(self, split: str, datasets: Iterable[str]) -> list[str]:
         """Latent caches of a split; none where latents are encoded on the fly."""

@@ -24,18 +24,22 @@ from workflow_src.episodes.tfrecord import read_records
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a split. Its episodes are numbered from `first` on within the split. `beside`: files that belong to it."""
+    """One file of a split. Its episodes are numbered from `first` on within the split. `beside`: files that belong to it.
+
+    `size`: its bytes, about, where it is fetched only to be read.
+    """
 
     split: str
     path: Path
     first: int
     episodes: int
     beside: tuple[Path, ...] = ()
+    size: int = 0
 
     @property
     def bytes(self) -> int:
-        """Size of what is there of it."""
-        return sum(path.stat().st_size for path in (self.path, *self.beside) if path.is_file())
+        """Size of what is there of it, or what is said to be."""
+        return self.size or sum(path.stat().st_size for path in (self.path, *self.beside) if path.is_file())
 
 
 @dataclass(frozen=True)
