@@ -23,6 +23,7 @@ from workflow_src.common.config import to_dict
 from workflow_src.common.errors import UserError
 from workflow_src.common.video import read_frames, read_video
 from workflow_src.episodes import convert as conversion
+from workflow_src.episodes import merge as merging
 from workflow_src.episodes.actions import metric_actions
 from workflow_src.episodes.convert import convert
 from workflow_src.episodes.merge import merge
@@ -320,16 +321,13 @@ def test_finished_shards_are_not_converted_again(tmp_path, monkeypatch):
     assert written == [2, 3] and content(tmp_path / "viola") == before
 
 
-def test_command_line(tmp_path):
+def test_command_lines(tmp_path, monkeypatch):
     source, out = make_source(tmp_path / "source"), tmp_path / "viola" / "groups" / "1-of-1.json"
     words = [sys.executable, "-m", "workflow_src.episodes.convert", "--dataset", "viola", "--source", str(source),
              "--size", "32", "--out", str(out)]  # fmt: skip
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "viola 1/1: 4 shards, " in done.stderr and " MB free" in done.stderr
-    words = [sys.executable, "-m", "workflow_src.episodes.merge", "--groups", str(out), "--split", "test",
-             "--out", str(tmp_path / "viola" / "test" / "episodes.parquet")]  # fmt: skip
-    subprocess.run(words, cwd=ROOT, capture_output=True, check=True)
+    run_cli(monkeypatch, merging, groups=out, split="test", out=tmp_path / "viola" / "test" / "episodes.parquet")
     assert len(EpisodeStore(tmp_path / "viola" / "test")) == 2
-    done = subprocess.run([*words[:3], "--groups", str(out), "--split", "train", "--out", str(tmp_path / "x")],
-                          cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
-    assert done.returncode == 2 and done.stderr.startswith("error: --out:")
+    with pytest.raises(UserError, match=r"--out: .* is not called episodes\.parquet"):
+        run_cli(monkeypatch, merging, groups=out, split="train", out=tmp_path / "x")
