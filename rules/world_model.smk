@@ -13,8 +13,8 @@ how     a core per process: small networks gain nothing from threads (common/com
 rule train_tokenizer:
     input:
         config=flow.stage("tokenizer"),
-        episodes=f"{flow.episodes}/train/episodes.parquet",
-        validation=f"{flow.episodes}/validation/episodes.parquet",
+        episodes=flow.seen_by_tokenizer("train"),
+        validation=flow.seen_by_tokenizer("validation"),
     output:
         f"{results}/tokenizer/model.safetensors",
     log:

@@ -101,6 +101,10 @@ def _lab_keys() -> str:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
 def test_every_configuration_builds_its_graph(tmp_path, config):
+    if config.name == "quick_start.yaml":  # no policies: there is nothing to rank
+        done = run(tmp_path, "results/quick_start/world_model/model.safetensors", "--dry-run", config=config)
+        assert re.search(r"download_dataset\s+1\b", done.stdout)
+        return
     results = yaml.safe_load(config.read_text()).get("results", "results")
     done = run(tmp_path, f"{results}/tables/policy_ranking.csv", "--dry-run", config=config)
     served, rolled = (int(re.search(rf"{rule}\s+(\d+)", done.stdout)[1]) for rule in ("serve_policy", "roll_out"))

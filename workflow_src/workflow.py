@@ -18,7 +18,6 @@ from workflow_src.checks import (
     HUMAN,
     LEARNED,
     ROOT,
-    SPLITS,
     check,
     gathered,
     prompt_file,
@@ -35,7 +34,7 @@ from workflow_src.common.progress import say
 from workflow_src.common.sections import Config
 from workflow_src.episodes.mixture import Mixture, read_mixture
 from workflow_src.episodes.registry import Dataset, entry_dict
-from workflow_src.episodes.sources import description
+from workflow_src.episodes.sources import SPLITS, description
 from workflow_src.rollouts.pictures import SUFFIXES
 from workflow_src.rollouts.suites import LIST, left_out, origins, tasks_of
 from workflow_src.training.local_cache import VARIABLE
@@ -86,18 +85,27 @@ class Workflow:
 
     @cached_property
     def recorded(self) -> dict[str, Dataset]:
-        """The registered data sets among them, which are fetched and converted."""
+        """The registered data sets among them, and the one that is asked for, which are fetched and converted."""
         return recorded_sets(self.config)
 
-    def source(self, dataset: str) -> str:
-        """Folder of a registered data set as its authors publish it: a copy that is here, or the download."""
-        return self.config.episodes.recorded.copies.get(dataset, f"{self.results}/downloads/{dataset}")
+    @property
+    def asked(self) -> list[str]:
+        """The registered data sets that `recorded_data` makes."""
+        return [name for name in self.recorded if self.config.dataset in ("all", name)]
 
-    def source_file(self, dataset: str) -> str:
-        """The file that stands for that folder among a rule's inputs."""
+    def source(self, dataset: str) -> str:
+        """A registered data set as its authors publish it: folder of a copy that is here, or of the download, or address."""
+        recorded, entry = self.config.episodes.recorded, self.recorded[dataset]
+        fetched = f"{self.results}/downloads/{dataset}"
+        streamed = recorded.stream and entry.address and not entry.files
+        return recorded.copies.get(dataset, entry.address if streamed else fetched)
+
+    def source_file(self, dataset: str) -> str | list[str]:
+        """The file that stands for that folder among a rule's inputs; none where it is read from the network."""
+        source = self.source(dataset)
         if dataset in self.config.episodes.recorded.copies:
-            return str(description(self.source(dataset)))
-        return f"{self.source(dataset)}/download.json"
+            return str(description(source))
+        return [] if "://" in source else f"{source}/download.json"
 
     def groups(self, dataset: str) -> list[str]:
         """Results of all shard groups of a registered data set."""
@@ -146,6 +154,11 @@ class Workflow:
         """The worlds that policies are rolled out in."""
         return WORLDS[1:] if self.config.lab.scene == "none" else WORLDS
 
+    def seen_by_tokenizer(self, split: str) -> str:
+        """The episodes that the tokenizer is trained on: the lab's, or without a lab the world model's first data set's."""
+        none = self.config.lab.scene == "none"
+        return self.store(self.mixture.names[0] if none else self.config.episodes.dataset, split)
+
     def caches(self, split: str, datasets: Iterable[str]) -> list[str]:
         """Latent caches of a split; none where latents are encoded on the fly."""
         cached = self.config.world_model.latents == "cached"
@@ -166,15 +179,23 @@ class Workflow:
 
         None where an interpreter or the folder of an environment is configured.
         """
-        env = self.config.policies[policy].env
-        if "/" in env:
-            return None
-        return env.removeprefix(EXISTING) if env.startswith(EXISTING) else f"../envs/{env}.yaml"
+        return _environment(self.config.policies[policy].env)
 
     def interpreter(self, policy: str) -> str:
         """What runs a policy's server: the environment's Python, or the configured one."""
-        env = self.config.policies[policy].env
-        return shlex.quote(str(python_of(env))) if "/" in env else "python"
+        return _interpreter(self.config.policies[policy].env)
+
+    @property
+    def reader_environment(self) -> str | None:
+        """Conda environment of conversions, like `environment`."""
+        return _environment(self.config.episodes.recorded.tensorflow or "base")
+
+    @property
+    def reader(self) -> str:
+        """The command that converts: its Python, its module, and by whom RLDS is read."""
+        tensorflow = self.config.episodes.recorded.tensorflow
+        module = "-m workflow_src.episodes.convert"
+        return f"{_interpreter(tensorflow)} {module}{' --reader tensorflow' if tensorflow else ''}"
 
     def endpoint_arguments(self, policy: str) -> str:
         """How the doctor reaches a policy whose server is already running; empty: it serves the policy itself."""
@@ -238,6 +259,16 @@ class Workflow:
             write_if_changed(self.stage(f"datasets/{name}"), json.dumps({name: entry_dict(entry)}, indent=1) + "\n")
         for name, sections in _stages(self.config).items():
             write_stage(f"{self.results}/config", name, self.config, sections)
+
+
+def _environment(name: str) -> str | None:
+    if "/" in name:
+        return None
+    return name.removeprefix(EXISTING) if name.startswith(EXISTING) else f"../envs/{name}.yaml"
+
+
+def _interpreter(name: str) -> str:
+    return shlex.quote(str(python_of(name))) if "/" in name else "python"
 
 
 def _stages(config: Config) -> dict[str, dict[str, Any]]:

@@ -52,6 +52,9 @@ class Recorded:
     registry: str = ""  # file of more of them, like that one
     copies: dict[str, str] = field(default_factory=dict)  # name → folder of a copy that is here: nothing is fetched
     groups: int = 8  # jobs that convert one data set
+    stream: bool = False  # convert from the network, shard by shard, and keep no copy of what the authors publish
+    # RLDS is read without TensorFlow. With it instead: `tfds` (envs/tfds.yaml), or the path of a Python interpreter.
+    tensorflow: str = ""
     max_rejected: float = 0.02  # share of damaged episodes that is tolerated
 
 
@@ -375,6 +378,9 @@ class Config:
 
     seed: int = 0  # every other seed derives from it
     results: str = "results"
+    dataset: str = (
+        "all"  # recorded data that the target `recorded_data` makes: a registered set, or all of world_model.data
+    )
     lab: Lab = field(default_factory=Lab)
     episodes: Episodes = field(default_factory=Episodes)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
