@@ -12,6 +12,7 @@ from snakemake.utils import min_version
 min_version("9.20")
 
 sys.path.insert(0, workflow.basedir)
+from workflow_src.execution import limit_gpus, limit_servers, local_gpus, rollout_retries, shell_prefix
 from workflow_src.preflight.costs import note_work
 from workflow_src.resources import (
     DAY,
@@ -32,13 +33,8 @@ from workflow_src.workflow import (
     SPLITS,
     WORLDS,
     any_of,
-    limit_gpus,
-    limit_servers,
-    local_gpus,
     open_workflow,
     require_keys,
-    rollout_retries,
-    shell_prefix,
 )
 
 # A configuration file given on the command line replaces the default one as a whole, so that policies can be left out.

@@ -23,7 +23,8 @@ from tests.chain import ROOT, assert_nobody_left
 from workflow_src.common import gpus
 from workflow_src.common.errors import UserError
 from workflow_src.common.sections import Config
-from workflow_src.workflow import Workflow, limit_gpus, local_gpus, shell_prefix
+from workflow_src.execution import limit_gpus, local_gpus, shell_prefix
+from workflow_src.workflow import Workflow
 
 FOUR = tuple(f"GPU-{letter}" for letter in "abcd")
 LISTING = """\
@@ -279,14 +280,14 @@ def snakemake_stub(nodes=None, main=True, **resources):
     ],
 )
 def test_the_limit_is_what_is_visible_unless_a_cluster_or_the_user_says_it(monkeypatch, stub, limit, asked):
-    monkeypatch.setattr("workflow_src.workflow.visible_gpus", lambda: list(FOUR))
+    monkeypatch.setattr("workflow_src.execution.visible_gpus", lambda: list(FOUR))
     devices = local_gpus(stub)
     limit_gpus(stub, devices)
     assert stub.global_resources.get("gpu") == limit and Workflow(None, devices).gpus(2) == asked
 
 
 def test_without_gpus_nothing_is_limited_or_launched(monkeypatch):
-    monkeypatch.setattr("workflow_src.workflow.visible_gpus", list)
+    monkeypatch.setattr("workflow_src.execution.visible_gpus", list)
     stub = snakemake_stub()
     limit_gpus(stub, local_gpus(stub))
     assert stub.global_resources == {} and Workflow(None, local_gpus(stub)).gpus(2) == 0
@@ -299,7 +300,7 @@ SNAKEFILE = """
     import sys
     sys.path.insert(0, {root!r})
     from workflow_src.common.sections import Config
-    from workflow_src.workflow import limit_gpus, local_gpus, shell_prefix
+    from workflow_src.execution import limit_gpus, local_gpus, shell_prefix
 
     devices = local_gpus(workflow)
     limit_gpus(workflow, devices)

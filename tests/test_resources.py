@@ -18,9 +18,10 @@ from workflow_src import resources
 from workflow_src.common.config import from_dict
 from workflow_src.common.errors import UserError
 from workflow_src.common.sections import Config
+from workflow_src.execution import limit_servers, rollout_retries, shell_prefix
 from workflow_src.policies import lifecycle
 from workflow_src.rollouts.run import use_devices
-from workflow_src.workflow import checked, limit_servers, rollout_retries, shell_prefix
+from workflow_src.workflow import checked
 
 
 @pytest.mark.parametrize(

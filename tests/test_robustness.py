@@ -24,7 +24,8 @@ from tests.chain import (
     run,
 )
 from workflow_src.common.files import atomic_path, sha256_file
-from workflow_src.workflow import WORLDS, servers_at_once
+from workflow_src.execution import servers_at_once
+from workflow_src.workflow import WORLDS
 
 # A random walk that can be told to misbehave: `options` say how, `kills_…` only once.
 ADAPTER = """
