@@ -6,13 +6,16 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help ranking test lint format clean
+.PHONY: help ranking preflight test lint format clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 ranking: $(VENV)/.installed ## rank the policies of config/config.yaml (ARGS="--config seed=3" for another run)
 	@$(BIN)/python -m workflow_src.launch $(ARGS)
+
+preflight: $(VENV)/.installed ## what a run would do and why, its cost, what is missing (ARGS="--configfile …")
+	@$(BIN)/python -m workflow_src.preflight $(ARGS)
 
 test: $(VENV)/.installed ## lint, dry runs, unit tests, a miniature run of everything and its second run
 	@$(BIN)/python -m tests.run_all

@@ -12,6 +12,8 @@ from snakemake.utils import min_version
 min_version("9.20")
 
 sys.path.insert(0, workflow.basedir)
+from workflow_src.execution import limit_gpus, limit_servers, local_gpus, rollout_retries, shell_prefix
+from workflow_src.preflight.costs import note_work
 from workflow_src.resources import (
     DAY,
     growing,
@@ -31,11 +33,8 @@ from workflow_src.workflow import (
     SPLITS,
     WORLDS,
     any_of,
-    limit_servers,
     open_workflow,
     require_keys,
-    rollout_retries,
-    shell_prefix,
 )
 
 # A configuration file given on the command line replaces the default one as a whole, so that policies can be left out.
@@ -44,12 +43,13 @@ if not workflow.overwrite_configfiles:
     configfile: f"{workflow.basedir}/config/config.yaml"
 
 
-flow = open_workflow(config)
+flow = open_workflow(config, local_gpus(workflow))
 results = flow.results
 PUBLISHED = sorted(file.stem for file in Path(workflow.basedir, "config", "published").glob("*.csv"))
 ROLLOUTS = "{results}/rollouts/{world}/{policy}/shard_{shard}/rollouts.parquet"
-shell.prefix(shell_prefix(workflow.deployment_settings.deployment_method, flow.config))
+shell.prefix(shell_prefix(workflow.deployment_settings.deployment_method, flow.config, flow.devices))
 limit_servers(workflow)
+limit_gpus(workflow, flow.devices)
 
 
 report: "config/report/workflow.rst"
@@ -58,6 +58,7 @@ report: "config/report/workflow.rst"
 # A key that is missing after hours of work would be found out too late.
 onstart:
     require_keys(flow, workflow.dag.needrun_jobs())
+    note_work(flow.config, workflow.dag.needrun_jobs())
 
 
 wildcard_constraints:
@@ -78,6 +79,12 @@ rule all:
         f"{results}/figures/policy_ranking.png",
         f"{results}/gallery/index.html",
         f"{results}/notebooks/policy_ranking.html",
+
+
+# What the default target would run, why, what it would cost and what is missing: the same as `make preflight`.
+rule preflight:
+    shell:
+        f"python -m workflow_src.preflight --configfile {results}/run_config.yaml"
 
 
 include: "rules/episodes.smk"

@@ -1,6 +1,7 @@
-"""Build a policy environment without conda, from its lock file envs/<name>.lock: a folder per content of the lock.
+"""Build an environment without conda, from its lock file envs/<name>.lock: a folder per content of the lock.
 
     python envs/build.py lerobot      # prints the interpreter, for `policies.<policy>.env` in a configuration
+    python envs/build.py tfds         # … for `episodes.recorded.tensorflow`
 
 It lies outside the project, in $REHEARSAL_ENVIRONMENTS or ~/.cache/rehearsal/environments, is built once, and anew when the
 lock changes. Nothing but what the lock names is installed (`--no-deps`).

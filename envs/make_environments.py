@@ -36,6 +36,11 @@ ENVIRONMENTS = {
          "numpy", "openai", "pandas", "papermill", "pillow", "pyarrow", "PyYAML", "requests", "safetensors", "scipy",
          "seaborn", "tensorboard", "tensorflow-datasets", "torch", "websockets"),
     ),
+    "tfds": Environment(
+        "TensorFlow's own reader of RLDS sets, for episodes.recorded.tensorflow; the converter with it.",
+        ("av", "google-crc32c", "numpy", "pandas", "pillow", "pyarrow", "PyYAML", "scipy", "tensorflow-datasets"),
+        pins=("tensorflow-cpu==2.21.0",),
+    ),
     "tabletop": Environment(
         "The tabletop's own policies: behaviour cloning, scripted, random.",
         ("msgpack", "numpy", "pillow", "PyYAML", "safetensors", "torch", "websockets"),

@@ -117,9 +117,9 @@ rule show_tables:
         f"{results}/logs/show_tables.log",
     benchmark:
         f"{results}/benchmarks/show_tables.jsonl"
+    localrule: True
     conda:
         "../envs/base.yaml"
-    localrule: True
     shell:
         "python -m workflow_src.analysis.table_page --tables {input.tables} --captions {input.captions} --out {output}"
         " 2>&1 | tee {log}"
@@ -236,12 +236,13 @@ rule replay_corrupted:
         "../envs/base.yaml"
     threads: 2
     resources:
-        gpu=imagining_gpus(flow.config),
+        gpu=imagining_gpus(flow),
         mem_mb=growing(8000),
     params:
         folder=f"{results}/corrupted",
     shell:
-        "python -m workflow_src.rollouts.corruptions --config {input.config} --trials {input.trials}"
+        "lease {resources.gpu} python -m workflow_src.rollouts.corruptions"
+        " --config {input.config} --trials {input.trials}"
         " --rollouts {input.rollouts} --world-model {input.world_model} --out {params.folder} 2>&1 | tee {log}"
 
 
@@ -260,10 +261,10 @@ rule judge_corrupted:
         "../envs/base.yaml"
     threads: 1
     resources:
-        gpu=flow.config.gpus.judges,
+        gpu=flow.gpus(flow.config.gpus.judges),
         mem_mb=growing(8000),
     shell:
-        "python -m workflow_src.judges.score --config {input.config} --judge {input.judge}"
+        "lease {resources.gpu} python -m workflow_src.judges.score --config {input.config} --judge {input.judge}"
         " --rollouts {input.rollouts} --out {output} 2>&1 | tee {log}"
 
 

@@ -4,13 +4,14 @@ Registered data sets of others (config/datasets.yaml) that world_model.data name
 needs   the network, or a copy of the set (episodes.recorded.copies)
 makes   results/downloads/<dataset>/, and results/episodes/<dataset>/<split>/episodes.parquet, written last, with
         rejected.parquet, provenance.json, and one mp4 and one npz per episode beside it
+        `--config dataset=bridge_v2` narrows the target recorded_data to one set, which world_model.data need not name
 how     shards are converted in groups, one job each; downloads and conversions that were cut continue where they stopped.
         Fetch and convert without training: `snakemake … recorded_data`. Any set's episodes can be looked at, also the lab's:
         `snakemake … results/figures/episodes/<dataset>/<split>/contact_sheet.png`
 """
 
 
-# Not part of `all`: ask for it by name.
+# Not part of `all`: ask for it by name, or for recorded_data.
 rule inspect_episodes:
     input:
         lambda wildcards: flow.store(wildcards.dataset, wildcards.split),
@@ -27,7 +28,11 @@ rule inspect_episodes:
             category="Recorded data",
             labels={"result": "{dataset}, {split}: actions", "form": "figure"},
         ),
-        alignment=f"{results}/figures/episodes/{{dataset}}/{{split}}/alignment.csv",
+        alignment=report(
+            f"{results}/figures/episodes/{{dataset}}/{{split}}/alignment.csv",
+            caption="../config/report/episodes.rst",
+            category="Recorded data",
+        ),
     log:
         f"{results}/logs/inspect_episodes/{{dataset}}/{{split}}.log",
     conda:
@@ -44,7 +49,8 @@ if flow.recorded:
 
     rule recorded_data:
         input:
-            [flow.store(name, split) for name in flow.recorded for split in SPLITS],
+            [flow.store(name, split) for name in flow.asked for split in SPLITS],
+            [f"{results}/figures/episodes/{name}/{split}/contact_sheet.png" for name in flow.asked for split in SPLITS],
 
     rule download_dataset:
         input:
@@ -79,17 +85,18 @@ if flow.recorded:
             dataset=any_of(flow.recorded),
             group=r"\d+",
         conda:
-            "../envs/base.yaml"
+            lambda wildcards: flow.reader_environment
         threads: 1
         resources:
             mem_mb=growing(4000),
             runtime=growing(480, DAY),
         params:
+            reader=flow.reader,
             source=lambda wildcards: flow.source(wildcards.dataset),
             groups=flow.config.episodes.recorded.groups,
             size=flow.config.lab.image_size,
         shell:
-            "python -m workflow_src.episodes.convert --dataset {wildcards.dataset} --registry {input.registry}"
+            "{params.reader} --dataset {wildcards.dataset} --registry {input.registry}"
             " --source {params.source:q} --shard-group {wildcards.group}/{params.groups} --size {params.size}"
             " --out {output} 2>&1 | tee {log}"
 

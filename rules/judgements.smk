@@ -29,7 +29,7 @@ rule train_judge:
         "../envs/base.yaml"
     threads: 1
     resources:
-        gpu=flow.config.gpus.judges,
+        gpu=flow.gpus(flow.config.gpus.judges),
         nodes=1,
         mem_mb=growing(8000),
         runtime=minutes(flow.config.judges.training.steps),
@@ -37,7 +37,8 @@ rule train_judge:
         state=f"{results}/state/judge",
         tokenizer=f"{results}/tokenizer",
     shell:
-        "python -m workflow_src.training.judge --config {input.config} --episodes {input.episodes}"
+        "lease {resources.gpu} python -m workflow_src.training.judge"
+        " --config {input.config} --episodes {input.episodes}"
         " --tokenizer {params.tokenizer} --out {output} --state {params.state} 2>&1 | tee {log}"
 
 
@@ -56,10 +57,10 @@ rule judge_rollouts:
         "../envs/base.yaml"
     threads: 1
     resources:
-        gpu=flow.config.gpus.judges,
+        gpu=flow.gpus(flow.config.gpus.judges),
         mem_mb=growing(8000),
     shell:
-        "python -m workflow_src.judges.score --config {input.config} --judge {input.judge}"
+        "lease {resources.gpu} python -m workflow_src.judges.score --config {input.config} --judge {input.judge}"
         " --rollouts {input.rollouts} --out {output} 2>&1 | tee {log}"
 
 
@@ -118,12 +119,12 @@ rule calibrate_judges:
         "../envs/base.yaml"
     threads: 1
     resources:
-        gpu=flow.config.gpus.judges,
+        gpu=flow.gpus(flow.config.gpus.judges),
         mem_mb=growing(8000),
     params:
         probes=flow.config.judges.probes,
     shell:
-        "python -m workflow_src.judges.calibrate --config {input.config} --weights {input.judge}"
+        "lease {resources.gpu} python -m workflow_src.judges.calibrate --config {input.config} --weights {input.judge}"
         " --rollouts {input.rollouts} --count {params.probes} --out {output} 2>&1 | tee {log}"
 
 

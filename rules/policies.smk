@@ -22,14 +22,15 @@ rule train_policy_network:
         "../envs/base.yaml"
     threads: 1
     resources:
-        gpu=flow.config.gpus.behaviour_cloning,
+        gpu=flow.gpus(flow.config.gpus.behaviour_cloning),
         nodes=1,
         mem_mb=growing(8000),
         runtime=network_minutes(flow.config),
     params:
         state=f"{results}/state/policies/{{network}}",
     shell:
-        "python -m workflow_src.training.behaviour_cloning --config {input.config} --network {wildcards.network}"
+        "lease {resources.gpu} python -m workflow_src.training.behaviour_cloning"
+        " --config {input.config} --network {wildcards.network}"
         " --episodes {input.episodes} --out {output} --state {params.state} 2>&1 | tee {log}"
 
 
@@ -46,7 +47,7 @@ rule serve_policy:
     threads: 0
     resources:
         # Shared with the rollouts: in the group of both, resources are summed (the longest `runtime` counts).
-        gpu=server_gpus(flow.config),
+        gpu=server_gpus(flow),
         nodes=1,
         cpus_per_task=1,
         mem_mb=server_memory(flow.config),
@@ -56,7 +57,7 @@ rule serve_policy:
         python=lambda wildcards: flow.interpreter(wildcards.policy),
     shell:
         "exec {params.python} -m workflow_src.policies.serve --config {input.config} --policy {wildcards.policy}"
-        " --networks {params.networks} --endpoint-file {output} --log {log} --threads 1"
+        " --networks {params.networks} --endpoint-file {output} --log {log} --threads 1 --gpus {resources.gpu}"
 
 
 rule examine_policy:
@@ -76,7 +77,7 @@ rule examine_policy:
     conda:
         lambda wildcards: flow.environment(wildcards.policy)
     resources:
-        gpu=server_gpus(flow.config),
+        gpu=server_gpus(flow),
         nodes=1,
         mem_mb=server_memory(flow.config),
     params:
@@ -84,7 +85,8 @@ rule examine_policy:
         python=lambda wildcards: flow.interpreter(wildcards.policy),
         endpoint=lambda wildcards: flow.endpoint_arguments(wildcards.policy),
     shell:
-        "{params.python} -m workflow_src.policies.doctor {wildcards.policy} {params.endpoint}--config {input.config}"
+        "lease {resources.gpu} {params.python} -m workflow_src.policies.doctor"
+        " {wildcards.policy} {params.endpoint}--config {input.config}"
         " --networks {params.networks} --trials {input.trials} --out {output} 2>&1 | tee {log}"
 
 

@@ -2,24 +2,58 @@
 Rollouts: every policy in the lab and in the world model, from the same first frames, by the same code.
 
 needs   trials, the world model, a policy endpoint (a service job's, or a server that is already running)
-makes   results/trials/trials.json; results/rollouts/<world>/<policy>/shard_<i>/rollouts.parquet, written last, beside
-        one video and one npz per rollout
+makes   results/trials/trials.json; results/downloads/first_frames/ where a suite names public lists;
+        results/rollouts/<world>/<policy>/shard_<i>/rollouts.parquet, written last, beside one video and one npz per rollout
 how     one job rolls a (policy, shard) out in both worlds; finished rollouts are not redone after an interruption
 """
 
+if flow.gathered:
 
-rule draw_trials:
-    input:
-        config=flow.stage("trials"),
-    output:
-        f"{results}/trials/trials.json",
-    log:
-        f"{results}/logs/draw_trials.log",
-    localrule: True
-    conda:
-        "../envs/base.yaml"
-    shell:
-        "python -m workflow_src.rollouts.trials --config {input.config} --out {output} 2>&1 | tee {log}"
+    rule fetch_first_frames:
+        output:
+            f"{results}/downloads/first_frames/{{task}}/frames.json",
+        log:
+            f"{results}/logs/fetch_first_frames/{{task}}.log",
+        wildcard_constraints:
+            task=any_of(flow.lists) or "none",
+        retries: 2
+        localrule: True
+        conda:
+            "../envs/base.yaml"
+        params:
+            address=lambda wildcards: flow.lists[wildcards.task],
+        shell:
+            "python -m workflow_src.rollouts.first_frames {params.address:q} --out {output} 2>&1 | tee {log}"
+
+    rule gather_trials:
+        input:
+            config=flow.stage("trials"),
+            frames=[f"{results}/downloads/first_frames/{task}/frames.json" for task in flow.lists],
+            pictures=flow.pictures,
+        output:
+            f"{results}/trials/trials.json",
+        log:
+            f"{results}/logs/gather_trials.log",
+        conda:
+            "../envs/base.yaml"
+        shell:
+            "python -m workflow_src.rollouts.gather --config {input.config} --frames {input.frames} --out {output}"
+            " 2>&1 | tee {log}"
+
+else:
+
+    rule draw_trials:
+        input:
+            config=flow.stage("trials"),
+        output:
+            f"{results}/trials/trials.json",
+        log:
+            f"{results}/logs/draw_trials.log",
+        localrule: True
+        conda:
+            "../envs/base.yaml"
+        shell:
+            "python -m workflow_src.rollouts.trials --config {input.config} --out {output} 2>&1 | tee {log}"
 
 
 rule rollouts:
@@ -53,7 +87,7 @@ rule roll_out:
     threads: 1
     resources:
         servers=lambda wildcards: int(flow.served(wildcards.policy)),
-        gpu=rollout_gpus(flow.config),
+        gpu=rollout_gpus(flow),
         cpus_per_task=1,
         mem_mb=growing(6000),
         runtime=growing(480, DAY),
@@ -64,7 +98,7 @@ rule roll_out:
         endpoint=lambda wildcards, input: input.get("endpoint") or flow.config.policies[wildcards.policy].endpoint,
         shards=flow.config.rollouts.shards,
     shell:
-        "python -m workflow_src.rollouts.run --config {input.config} --policy {wildcards.policy}"
+        "lease {resources.gpu} python -m workflow_src.rollouts.run --config {input.config} --policy {wildcards.policy}"
         " --shard {wildcards.shard} --shards {params.shards} --endpoint {params.endpoint} --trials {input.trials}"
         " --world-model {input.world_model} --lab-out {output.lab} --world-model-out {output.world_model}"
         " --server-deadline {resources.server_deadline} --step-timeout {resources.step_timeout}"

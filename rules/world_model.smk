@@ -13,8 +13,8 @@ how     a core per process: small networks gain nothing from threads (common/com
 rule train_tokenizer:
     input:
         config=flow.stage("tokenizer"),
-        episodes=f"{flow.episodes}/train/episodes.parquet",
-        validation=f"{flow.episodes}/validation/episodes.parquet",
+        episodes=flow.seen_by_tokenizer("train"),
+        validation=flow.seen_by_tokenizer("validation"),
     output:
         f"{results}/tokenizer/model.safetensors",
     log:
@@ -27,14 +27,15 @@ rule train_tokenizer:
         "../envs/base.yaml"
     threads: 1
     resources:
-        gpu=flow.config.gpus.tokenizer,
+        gpu=flow.gpus(flow.config.gpus.tokenizer),
         nodes=1,
         mem_mb=growing(8000),
         runtime=minutes(flow.config.tokenizer.training.steps),
     params:
         state=f"{results}/state/tokenizer",
     shell:
-        "python -m workflow_src.training.tokenizer --config {input.config} --episodes {input.episodes}"
+        "lease {resources.gpu} python -m workflow_src.training.tokenizer"
+        " --config {input.config} --episodes {input.episodes}"
         " --validation {input.validation} --out {output} --state {params.state} 2>&1 | tee {log}"
 
 
@@ -53,13 +54,14 @@ rule cache_latents:
         "../envs/base.yaml"
     threads: 1
     resources:
-        gpu=flow.config.gpus.latents,
+        gpu=flow.gpus(flow.config.gpus.latents),
         mem_mb=growing(8000),
         runtime=growing(240, DAY),
     params:
         tokenizer=f"{results}/tokenizer",
     shell:
-        "python -m workflow_src.episodes.latents --config {input.config} --episodes {input.episodes:q}"
+        "lease {resources.gpu} python -m workflow_src.episodes.latents"
+        " --config {input.config} --episodes {input.episodes:q}"
         " --tokenizer {params.tokenizer} --out {output} 2>&1 | tee {log}"
 
 
@@ -81,7 +83,7 @@ rule train_world_model:
         "../envs/base.yaml"
     threads: training_cores(flow.config)
     resources:
-        gpu=flow.config.gpus.world_model,
+        gpu=flow.gpus(flow.config.gpus.world_model),
         nodes=1,
         processes=training_processes(flow.config),
         mem_mb=training_memory(flow.config),
@@ -93,7 +95,8 @@ rule train_world_model:
     # addresses of before (pytorch issue 135712).
     shell:
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
-        " torchrun --standalone --max-restarts=3 --nproc-per-node=$(({resources.gpu} ? {resources.gpu} : {resources.processes}))"
+        " lease {resources.gpu} torchrun --standalone --max-restarts=3"
+        " --nproc-per-node=$(({resources.gpu} ? {resources.gpu} : {resources.processes}))"
         " -m workflow_src.training.world_model"
         " --config {input.config} --latents {input.latents} --episodes {input.episodes:q}"
         " --validation {input.validation} --validation-episodes {input.validation_episodes:q}"
@@ -119,11 +122,12 @@ rule sweep_world_model:
     conda:
         "../envs/base.yaml"
     resources:
-        gpu=imagining_gpus(flow.config),
+        gpu=imagining_gpus(flow),
         mem_mb=growing(8000),
     params:
         world_model=f"{results}/world_model",
         trials=f"{results}/trials",
     shell:
-        "python -m workflow_src.world_model.sweep --world-model {params.world_model} --frame {params.trials}"
+        "lease {resources.gpu} python -m workflow_src.world_model.sweep"
+        " --world-model {params.world_model} --frame {params.trials}"
         " --out {output} 2>&1 | tee {log}"

@@ -32,7 +32,7 @@ def stage_file(folder: Path, reality: str = "", policies: dict | None = None, se
         analysis=Analysis(resamples=200, real_trials=4),
         reality=reality,
     )
-    names = ("lab", "policies", "behaviour_cloning", "judges", "trials", "analysis", "reality")
+    names = ("lab", "policies", "behaviour_cloning", "judges", "trials", "analysis", "reality", "reality_names")
     return Path(write_stage(folder, "analysis", config, {name: None for name in names}))
 
 

@@ -17,7 +17,7 @@ STEPS = [
     ("ruff", [BIN / "ruff", "check", "."], 120),
     ("format", [BIN / "ruff", "format", "--check", "."], 120),
     ("snakefmt", [BIN / "snakefmt", "--check", "Snakefile", "rules"], 120),
-    ("tests", [sys.executable, "-m", "pytest", "-q", *WORKERS, *sys.argv[1:]], 1500),
+    ("tests", [sys.executable, "-m", "pytest", "-q", *WORKERS, *sys.argv[1:]], 3600),
 ]
 
 

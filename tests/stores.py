@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 
+from workflow_src.common import sections
+from workflow_src.common.video import write_video
 from workflow_src.episodes.store import EpisodeStore, write_episode, write_table
 
 
@@ -44,3 +47,32 @@ def make_store(root: Path, episodes: list[np.ndarray], *, seed: int = 0, embodim
                      "action_semantics": "commanded", **write_episode(root, index, frames, mine, hz)})  # fmt: skip
     write_table(root / "episodes.parquet", rows)
     return EpisodeStore(root)
+
+
+def write_worldgym(folder: Path, lengths: list[int], seed: int, size: tuple[int, int] = (16, 16)) -> Path:
+    """A folder as WorldGym publishes them: videos at 20 frames a second, actions in its units, also one for the last frame."""
+    rng = np.random.default_rng(seed)
+    for index, frames in enumerate(frames_of(lengths, seed, size)):
+        number = 3 * index  # not counted through
+        write_video(folder / f"{number:09d}.mp4", frames, 20)
+        actions = np.zeros((len(frames), 10), np.float32)
+        actions[:, :6] = rng.uniform(-1.3, 1.3, (len(frames), 6))
+        actions[:, 6] = rng.choice([-1, 1], len(frames))
+        np.savez(folder / f"{number:09d}.npz", actions)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """An untrained tokenizer of 4 channels. Its framework is imported late: threads are set first."""
+    import torch
+    from safetensors.torch import save_file
+
+    from workflow_src.world_model.tokenizer import FORMAT, ConvTokenizer, architecture
+
+    config = sections.Tokenizer(channels=4, width=4)
+    torch.manual_seed(0)
+    folder.mkdir()
+    model = ConvTokenizer(config)
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"format": FORMAT, "tokenizer": architecture(config)}))
+    return folder

@@ -9,14 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from tests.stores import Cells, frames_of, make_store
-from tests.test_tokenizer import CONFIG, run_cli
+from tests.stores import Cells, frames_of, make_store, write_tokenizer, write_worldgym
+from tests.test_tokenizer import run_cli
 from tests.test_world_model_training import MODEL, make_source
 from workflow_src.common.config import load_stage, to_dict
 from workflow_src.common.errors import UserError
-from workflow_src.common.video import write_video
 from workflow_src.episodes import latents as cache
 from workflow_src.episodes.clips import Choice
 from workflow_src.episodes.store import EpisodeStore
@@ -25,37 +23,14 @@ from workflow_src.training.datasets import open_held_out, open_training
 from workflow_src.training.distributed import Processes
 from workflow_src.training.held_out import choose_episodes, read_held_out
 from workflow_src.world_model.artefact import Source, build_network, load_artefact, read_card
-from workflow_src.world_model.tokenizer import FORMAT, ConvTokenizer, architecture, load_tokenizer
+from workflow_src.world_model.tokenizer import load_tokenizer
 
 torch.set_num_threads(1)
 ALONE = Processes(0, 1, torch.device("cpu"))
 SIZE = (16, 16)
 TABLETOP, BRIDGE = [9, 3, 14, 9, 22], [12, 30, 7]  # frames of the episodes
-MIXED = replace(MODEL, data="tabletop,bridge", convention="worldgym", training=replace(MODEL.training, steps=12,
-                checkpoint_every=4, keep=9))  # fmt: skip
-
-
-def write_tokenizer(folder: Path) -> Path:
-    """An untrained tokenizer."""
-    torch.manual_seed(0)
-    folder.mkdir()
-    model = ConvTokenizer(CONFIG)
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"format": FORMAT, "tokenizer": architecture(CONFIG)}))
-    return folder
-
-
-def write_worldgym(folder: Path, lengths: list[int], seed: int) -> Path:
-    """A folder as WorldGym publishes them: videos at 20 frames a second, actions in its units, also one for the last frame."""
-    rng = np.random.default_rng(seed)
-    for index, frames in enumerate(frames_of(lengths, seed, SIZE)):
-        number = 3 * index  # not counted through
-        write_video(folder / f"{number:09d}.mp4", frames, 20)
-        actions = np.zeros((len(frames), 10), np.float32)
-        actions[:, :6] = rng.uniform(-1.3, 1.3, (len(frames), 6))
-        actions[:, 6] = rng.choice([-1, 1], len(frames))
-        np.savez(folder / f"{number:09d}.npz", actions)
-    return folder
+MIXED = replace(MODEL, data="tabletop,bridge", convention="worldgym", training=replace(MODEL.training, steps=6,
+                checkpoint_every=2, keep=9))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -104,22 +79,23 @@ def test_clips_of_a_mixture_show_their_own_frames_and_actions(data):
     choice = choose(source)
     clean, first, actions = read(source, choice)
     assert clean.shape == (200, 4, 2, 2, 4) and first.shape == (200, 2, 2, 4) and actions.shape == (200, 4, 10)
-    tokenizer = load_tokenizer(data["tokenizer"])
-    seen = set()
+    found = torch.cat([first[:, None], clean], 1) * source.std + source.mean
+    frames = [[one.store.frames(i) for i in range(len(one.store))] for one in source.datasets]
+    seen, pixels = set(), []
     for i in range(200):
         which, number = (int(value[i]) for value in source.clips.sources(choice.episode))
         store = source.datasets[which].store
         start, mirrored = int(choice.start[i]), bool(choice.mirrored[i])
-        pixels = store.frames(number)[[0, *range(start, start + 4)]]
-        expected = tokenizer.encode(pixels[:, :, ::-1] if mirrored else pixels)
-        found = torch.cat([first[i : i + 1], clean[i]]) * source.std + source.mean
-        np.testing.assert_allclose(found, expected, atol=2e-2)
+        shown = frames[which][number][[0, *range(start, start + 4)]]
+        pixels.append(shown[:, :, ::-1] if mirrored else shown)
         if which == 1:  # as published, one frame later; base frame of the WidowX: y points sideways
             led = np.pad(store.arrays(number)["actions"][:-1], ((1, 0), (0, 0)))[start : start + 4].copy()
             led[:, [1, 3, 5]] *= -1 if mirrored else 1
             np.testing.assert_allclose(actions[i], led, atol=1e-5)
         seen.add((which, mirrored))
     assert len(seen) == 4
+    expected = load_tokenizer(data["tokenizer"]).encode(np.concatenate(pixels))
+    np.testing.assert_allclose(found.flatten(0, 1), expected, atol=2e-2)
 
 
 def test_encoded_on_the_fly_clips_are_the_same(data):
@@ -363,10 +339,25 @@ def test_a_mixture_is_trained_validated_and_resumed_bit_by_bit(data, tmp_path, m
     assert [int(row["horizon"]) for row in rows] == list(range(1, 9))
     weights = out.read_bytes()
     for path in (tmp_path / "state").glob("step_*"):
-        if int(path.stem.rpartition("_")[2]) > 4:  # as if killed soon after step 4
+        if int(path.stem.rpartition("_")[2]) > 2:  # as if killed soon after step 2
             path.unlink()
     out.unlink()
     assert train(monkeypatch, tmp_path, data, config).read_bytes() == weights
+
+
+def test_data_sets_are_trained_on_by_name(data, tmp_path, monkeypatch):
+    """What --dataset-dir and --subset-names find is what the long command line says, in the order of the names."""
+    stage, out = tmp_path / "stage.json", tmp_path / "model" / "model.safetensors"
+    config = replace(MIXED, data="", training=replace(MIXED.training, steps=1))
+    stage.write_text(json.dumps({"seed": 0, "world_model": to_dict(config)}))
+    folder = data["episodes"][0].parents[1]
+    flags = {"config": stage, "tokenizer": data["tokenizer"], "out": out, "state": tmp_path / "state"}
+    run_cli(monkeypatch, world_model, **flags, dataset_dir=folder, subset_names="bridge,tabletop")
+    assert [source.dataset for source in read_card(out.parent).sources] == ["bridge", "tabletop"]
+    with pytest.raises(UserError, match=r"data/violin' holds no episodes of the split train; expected"):
+        world_model.find_subsets(Path("data"), "violin")
+    with pytest.raises(SystemExit, match="2"):
+        run_cli(monkeypatch, world_model, **flags, subset_names="bridge")
 
 
 def test_artefacts_from_before_mixtures_stay_loadable(data, tmp_path, monkeypatch):

@@ -56,6 +56,10 @@ def test_every_shipped_configuration_is_valid(path):
         ("policies/x", {"endpoint": "ws://127.0.0.1:1"}, r"policies\.x\.revision: is empty"),
         ("policies/x", {"endpoint": "ws://robot:1", "revision": "1"}, r"is unencrypted; use wss:// or set allow_plaintext"),
         ("policies/x", {"endpoint": "robot:1", "revision": "1"}, r"is not a websocket address"),
+        ("policies/x", {"endpoint": "ws://127.0.0.1:1", "revision": "1", "foreign": {"state": "s"}}, r"cameras: is empty"),
+        ("policies/x", {"endpoint": "ws://127.0.0.1:1", "revision": "1", "foreign": {"cameras": ["c"], "layout": ["z", "q"]}},
+         r"policies\.x\.foreign\.layout\[1\]: 'q' is unknown"),
+        ("policies/x", {"adapter": "tabletop_random", "foreign": {"cameras": ["c"]}}, r"for a server that is already running"),
         ("judges/primary", "clasifier", r"judges\.primary: 'clasifier' is unknown; did you mean 'classifier'"),
         ("judges/primary", "human", r"judges\.primary: 'human' is unknown"),
         ("judges/vlm", {"state": {"model": "m"}}, r"judges\.vlm\.state: is the name of another judge"),
@@ -92,6 +96,10 @@ def test_a_policy_runs_in_a_named_environment_or_under_a_named_interpreter(tmp_p
     assert (flow.environment("x"), flow.interpreter("x")) == ("../envs/openvla.yaml", "python")
     flow = checked(with_("policies/x", {"adapter": "lerobot", "env": sys.executable}))
     assert (flow.environment("x"), flow.interpreter("x")) == (None, sys.executable)
+    flow = checked(with_("policies/x", {"adapter": "lerobot", "env": sys.prefix}))
+    assert (flow.environment("x"), flow.interpreter("x")) == (None, f"{sys.prefix}/bin/python")
+    flow = checked(with_("policies/x", {"adapter": "lerobot", "env": "conda:mine"}))
+    assert (flow.environment("x"), flow.interpreter("x")) == ("mine", "python")
     with pytest.raises(
         UserError, match=r"policies\.x\.env: '/no/python' is no Python interpreter here; see envs/build\.py"
     ):

@@ -15,18 +15,27 @@ import pytest
 
 from tests.chain import copy_project
 from tests.rlds import jpeg, steps_of, write_rlds
+from tests.stores import write_tokenizer
 from tests.test_datasets import GOLDEN, REGISTRY
+from tests.test_tokenizer import run_cli
+from workflow_src.common import sections
+from workflow_src.common.config import to_dict
 from workflow_src.common.errors import UserError
 from workflow_src.common.video import read_frames, read_video
 from workflow_src.episodes import convert as conversion
+from workflow_src.episodes import merge as merging
 from workflow_src.episodes.actions import metric_actions
 from workflow_src.episodes.convert import convert
 from workflow_src.episodes.merge import merge
 from workflow_src.episodes.rlds import Rlds, decode_image
 from workflow_src.episodes.store import KEYFRAMES, EpisodeStore
+from workflow_src.training import world_model
 from workflow_src.workflow import ROOT
+from workflow_src.world_model.artefact import read_card
 
 SIZE = 32
+SAME = ("libero_goal", "libero_object", "libero_spatial")  # as libero_10
+SCHEMAS = [name for name, entry in REGISTRY.items() if not entry.files and name not in SAME]
 
 
 def make_source(root: Path, name: str = "viola", shards: int = 3, each: int = 2) -> Path:
@@ -61,15 +70,20 @@ def content(folder: Path) -> dict[str, bytes]:
             if path.is_file() and path.parent.name != "groups"}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in REGISTRY if name not in ("libero_goal", "libero_object", "libero_spatial")]
-)
-def test_every_registered_schema_converts(tmp_path, name):
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> Path:
+    """A folder with the stores of a small copy of every schema, by name."""
+    folder = tmp_path_factory.mktemp("converted")
+    for name in SCHEMAS:
+        run(make_source(folder / "sources" / name, name, shards=1, each=3), folder / name, name, groups=1)
+    return folder
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_registered_schema_converts(converted, name):
     entry = REGISTRY[name]
-    source = make_source(tmp_path / "source", name, shards=1, each=3)
-    stores = run(source, tmp_path / name, name, groups=1)
-    assert set(stores) == set(entry.splits)
-    store = stores["train"]
+    assert all((converted / name / split / "episodes.parquet").is_file() for split in entry.splits)
+    store = EpisodeStore(converted / name / "train")
     assert store.table["index"].tolist() == [0, 1, 2] and store.image_size() == (SIZE, SIZE)
     expected = GOLDEN[name][1]
     for i in range(3):
@@ -90,9 +104,27 @@ def test_every_registered_schema_converts(tmp_path, name):
         assert ("reached" in arrays) == bool(entry.pose) and ("robot_state" in arrays) == bool(entry.robot_state)
     if entry.more_instructions:
         assert list(store.table["instructions"][0]) == ["task 1", "lift_red"]
-    facts = json.loads((tmp_path / name / "train" / "provenance.json").read_text())
+    facts = json.loads((converted / name / "train" / "provenance.json").read_text())
     assert facts["entry"]["licence"] == entry.licence and facts["episodes"] == 3
     assert ("as documented" in facts["gripper"]) or facts["gripper"].startswith("flipped")
+
+
+def test_a_step_is_trained_on_all_of_them_at_once(converted, tmp_path, monkeypatch):
+    """Every robot, rate and schema side by side in one batch, found by name and encoded on the fly."""
+    network = sections.Network(in_channels=4, width=16, depth=1, heads=2, attention="joint", temporal="relative_bias",
+                               spatial_rope="none", learned_null=True)  # fmt: skip
+    training = sections.Training(steps=1, batch=2 * len(SCHEMAS), precision="fp32")
+    config = sections.WorldModel(network=network, clip_frames=3, mirror=False, training=training,
+                                 sampler=sections.Sampler(steps=1, window=3))  # fmt: skip
+    (tmp_path / "stage.json").write_text(json.dumps({"seed": 0, "world_model": to_dict(config)}))
+    flags = {"config": tmp_path / "stage.json", "tokenizer": write_tokenizer(tmp_path / "tokenizer"),
+             "out": tmp_path / "model" / "model.safetensors", "state": tmp_path / "state"}  # fmt: skip
+    names = sorted(SCHEMAS, key=lambda name: name != "viola")  # the first one is validated on
+    run_cli(monkeypatch, world_model, **flags, dataset_dir=converted, subset_names=",".join(names))
+    card = read_card(tmp_path / "model")
+    assert [(source.dataset, source.embodiment) for source in card.sources] == [
+        (name, REGISTRY[name].embodiment) for name in names
+    ]
 
 
 def test_frames_are_those_that_were_recorded_at_every_index(tmp_path):
@@ -289,16 +321,13 @@ def test_finished_shards_are_not_converted_again(tmp_path, monkeypatch):
     assert written == [2, 3] and content(tmp_path / "viola") == before
 
 
-def test_command_line(tmp_path):
+def test_command_lines(tmp_path, monkeypatch):
     source, out = make_source(tmp_path / "source"), tmp_path / "viola" / "groups" / "1-of-1.json"
     words = [sys.executable, "-m", "workflow_src.episodes.convert", "--dataset", "viola", "--source", str(source),
              "--size", "32", "--out", str(out)]  # fmt: skip
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "viola 1/1: 4 shards, " in done.stderr and " MB free" in done.stderr
-    words = [sys.executable, "-m", "workflow_src.episodes.merge", "--groups", str(out), "--split", "test",
-             "--out", str(tmp_path / "viola" / "test" / "episodes.parquet")]  # fmt: skip
-    subprocess.run(words, cwd=ROOT, capture_output=True, check=True)
+    run_cli(monkeypatch, merging, groups=out, split="test", out=tmp_path / "viola" / "test" / "episodes.parquet")
     assert len(EpisodeStore(tmp_path / "viola" / "test")) == 2
-    done = subprocess.run([*words[:3], "--groups", str(out), "--split", "train", "--out", str(tmp_path / "x")],
-                          cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
-    assert done.returncode == 2 and done.stderr.startswith("error: --out:")
+    with pytest.raises(UserError, match=r"--out: .* is not called episodes\.parquet"):
+        run_cli(monkeypatch, merging, groups=out, split="train", out=tmp_path / "x")

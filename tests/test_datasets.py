@@ -33,7 +33,9 @@ def expect(gripper, translation=1.0, rotation=1.0):
 
 BASE = {"action/base_displacement_vector": F([[0.1, 0.2], [0, 0], [0.3, 0]]),
         "action/base_displacement_vertical_rotation": F([[1.5], [0], [-0.5]])}  # fmt: skip
+SAMPLE = np.concatenate([WV * 35, RD * 5.6, F([[-1], [1], [-1]]), np.zeros((3, 3), F)], 1)  # WorldGym's units
 GOLDEN = {
+    "bridge_sample": ({"actions": SAMPLE}, expect([1, 0, 1])),
     # (recorded, expected metric actions)
     "rt_1": (
         vectors(F([[HOLD], [CLOSE], [HOLD]]), **BASE),

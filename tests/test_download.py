@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.loopback import serving
-from tests.test_convert import make_source
+from tests.test_convert import SIZE, content, make_source, run
 from tests.test_datasets import REGISTRY
 from workflow_src.common.errors import UserError
+from workflow_src.episodes.convert import convert
 from workflow_src.episodes.download import download
+from workflow_src.episodes.merge import merge
 from workflow_src.episodes.rlds import Rlds
+from workflow_src.episodes.stream import Streamed
 
 
 @pytest.fixture
@@ -127,3 +130,26 @@ def test_room_is_checked_first(tmp_path, source, monkeypatch):
     with serving(source) as server, pytest.raises(UserError, match=r"GB are needed and 0.0 GB free"):
         get(server, tmp_path / "viola")
     assert not list((tmp_path / "viola").glob("*tfrecord*"))
+
+
+def test_what_is_streamed_converts_to_the_same_store(tmp_path, source):
+    """From the network, cut within a shard and ended between two; of all shards, one is on the disk at a time."""
+    run(tmp_path / "source", tmp_path / "whole", groups=1)
+    out, folder = tmp_path / "viola" / "groups" / "1-of-1.json", tmp_path / "shards"
+
+    def stream(address):
+        convert("viola", REGISTRY["viola"], Streamed(address, folder, pause=0.01), (1, 1), SIZE, out)
+
+    with serving(source) as server:
+        address = server.url.replace("/file.bin", "/sets/viola")
+        server.faults = [None, None, 3000, None, 404]  # the first shard is cut, the second one gone
+        with pytest.raises(UserError, match="404"):
+            stream(address)
+        server.faults.clear()
+        server.seen.clear()
+        stream(address)
+        assert sum("tfrecord" in path for path, _ in server.seen) == 3, "what is converted is not fetched again"
+    assert len(list(folder.glob("*.tfrecord*"))) == 1
+    for split in ("train", "test"):
+        merge([out], split, 0.0, tmp_path / "viola" / split / "episodes.parquet")
+    assert content(tmp_path / "viola") == content(tmp_path / "whole")

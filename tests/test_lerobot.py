@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from envs.build import interpreter
 from tests.stores import frames_of, make_store
 from workflow_src.common.errors import UserError
 from workflow_src.common.video import write_video
@@ -21,6 +25,7 @@ from workflow_src.episodes.merge import merge
 from workflow_src.episodes.registry import Dataset
 from workflow_src.episodes.sources import open_source
 from workflow_src.episodes.store import EpisodeStore
+from workflow_src.workflow import ROOT
 
 ENTRY = Dataset(
     version="v3.0", splits={"train": 0, "test": 0}, image=CAMERA, instruction="task", control_hz=5.0, embodiment="tabletop",
@@ -77,6 +82,44 @@ def test_the_export_describes_itself(tmp_path, stores):
     stats = json.loads((tmp_path / "out" / "meta" / "stats.json").read_text())
     np.testing.assert_allclose(stats["action"]["mean"], np.stack(table["action"]).mean(0), rtol=1e-5)
     assert np.shape(stats[CAMERA]["mean"]) == (3, 1, 1) and 0 < np.min(stats[CAMERA]["mean"]) < 1
+
+
+# What LeRobot's own class makes of a folder: every item of it.
+LOAD = """
+    import sys
+    import numpy as np
+    from workflow_src.policies.lerobot import _import_torchvision
+    _import_torchvision()
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    data = LeRobotDataset("own/exported", root=sys.argv[1], video_backend="pyav")
+    items = [data[i] for i in range(len(data))]
+    arrays = {name: np.stack([item[name].numpy() for item in items]) for name in items[0] if name != "task"}
+    np.savez(sys.argv[2], fps=data.fps, task=[item["task"] for item in items], mean=data.meta.stats["action"]["mean"], **arrays)
+"""
+
+
+@pytest.mark.requires("lerobot")
+def test_lerobot_itself_loads_the_export(tmp_path, stores):
+    export(stores, tmp_path / "out")
+    words = [interpreter("lerobot"), "-c", textwrap.dedent(LOAD), tmp_path / "out", tmp_path / "seen.npz"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = np.load(tmp_path / "seen.npz")
+    assert seen["fps"] == 5 and seen["index"].tolist() == list(range(22))
+    assert seen["episode_index"].tolist() == [0] * 5 + [1] * 7 + [2] * 4 + [3] * 6
+    frame = 0
+    for store in stores:
+        for i in range(len(store)):
+            count = int(store.lengths[i])
+            actions = store.arrays(i)["actions"]
+            np.testing.assert_array_equal(seen["action"][frame : frame + count - 1], actions)
+            images = seen[CAMERA][frame : frame + count].transpose(0, 2, 3, 1)
+            np.testing.assert_array_equal((images * 255).round().astype(np.uint8), store.frames(i))
+            assert set(seen["task"][frame : frame + count]) == {store.table["instruction"][i]}
+            frame += count
+    np.testing.assert_allclose(seen["mean"], seen["action"].mean(0), rtol=1e-5)
 
 
 def test_stores_that_do_not_go_together_are_refused(tmp_path, stores):

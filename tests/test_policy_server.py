@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -12,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +21,10 @@ import pytest
 from workflow_src.common.errors import UserError
 from workflow_src.common.process import alive
 from workflow_src.policies import client, wire
+from workflow_src.rollouts.loop import Item
+from workflow_src.rollouts.records import Recorder, Source
+from workflow_src.rollouts.run import record_world
+from workflow_src.rollouts.trials import Trial
 
 ROOT = Path(__file__).resolve().parents[1]
 WAIT = 30  # seconds until a test gives up; nothing here takes that long
@@ -43,7 +49,7 @@ FAKE = """
         actions[:, :, 0] = observation.image.mean((1, 2, 3))[:, None]
         actions[:, :, 1] = observation.step[:, None]
         actions[:, :, 2] = observation.seed[:, None]
-        if word == "nan": actions[1, 1, 3] = np.nan
+        if word == "nan": actions[-1, 1, 3] = np.nan
         if word == "shape": actions = actions[:, :, :6]
         if word == "raise": raise ValueError("no such object")
         if word == "die": os._exit(9)
@@ -185,7 +191,7 @@ def test_stopped_server_is_a_timeout_even_for_large_images(start):
 @pytest.mark.parametrize(
     ("word", "line", "row"),
     [
-        ("nan", "policy p: `actions` is not finite", 1),
+        ("nan", "policy p: `actions` is not finite", 2),
         ("not finite base", "policy p: `base` is not finite", 0),
         ("shape", r"policy p: wrong shape: `actions` is \(3, 2, 6\), expected \(3, 2, 7\)", None),
         ("list", "policy p: malformed answer: `actions`", None),
@@ -200,6 +206,70 @@ def test_bad_answers_are_one_line(start, word, line, row):
         with pytest.raises(client.PolicyError, match=line) as problem:
             policy.infer(observation(word))
         assert problem.value.row == row
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("die", "its server died"),
+        ("hang", "no answer within 1 s"),
+        ("nan", "`actions` is not finite"),
+        ("shape", "wrong shape: `actions` is"),
+    ],
+)
+def test_a_server_that_fails_mid_rollout_names_trial_and_step_and_leaves_what_is_finished(start, tmp_path, word, line):
+    """Two trials side by side are finished; then, in the third, the server fails at its first step."""
+    trials = [Trial(f"lift/{i}", "lift", text, np.full((8, 8, 3), i, np.uint8), None, i)
+              for i, text in enumerate(["go", "go", word, "go"])]  # fmt: skip
+    work = [Item(trial, 0) for trial in trials]
+
+    def make():
+        return Recorder(tmp_path / "records" / "rollouts.parquet", Source("p", "world_model", 5.0, "d", "m"), "key")
+
+    server = start()
+    with server.connect(step_timeout=1.0) as policy, pytest.raises(UserError) as problem:
+        record_world(lambda: Still(2), policy, work, 2, make())
+    assert re.match(rf"trials? 'lift/[23]#0'.*, step 0: policy p: {line}", str(problem.value))
+    assert [item.name for item in make().missing(work)] == ["lift/2#0", "lift/3#0"]
+
+
+class Still:
+    """A world in which nothing moves."""
+
+    def __init__(self, places):
+        self.num_envs, self.single_action_space = places, SimpleNamespace(shape=(7,))
+
+    def reset(self, *, seed, options):
+        self.image = np.stack([trial["image"] for trial in options["trials"]])
+        return {"image": self.image}, {}
+
+    def step(self, actions):
+        nobody = np.zeros(self.num_envs, bool)
+        return {"image": self.image}, nobody, nobody, nobody, {}
+
+    def close(self):
+        pass
+
+
+def test_a_policy_is_served_by_hand(tmp_path):
+    """A name is enough: the address, a token and the endpoint file are printed, and the doctor can be sent there."""
+    command = [
+        sys.executable,
+        "-m",
+        "workflow_src.policies.serve",
+        "tabletop_random",
+        "--endpoint-file",
+        tmp_path / "e.json",
+    ]
+    with subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
+        line = server.stderr.readline()
+        assert re.fullmatch(r"ws://127\.0\.0\.1:\d+, token \w{32}; endpoint file: .*e\.json\n", line)
+        with client.connect(tmp_path / "e.json", WAIT) as policy:
+            assert policy.metadata.control_rate == 5.0 and policy.metadata.name == "tabletop_random"
+        server.terminate()
+        server.stderr.read()
+    done = subprocess.run([*map(str, command[:3])], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "give the name of a policy family, or --config with --policy" in done.stderr
 
 
 def test_row_by_row_for_servers_without_batches(start):

@@ -83,6 +83,7 @@ def test_the_other_published_file_is_known_by_its_name(tmp_path):
 def test_what_cannot_be_ranked_ends_with_one_line_and_leaves_no_lock(tmp_path):
     text = CONFIG.read_text()
     (tmp_path / "no_policies.yaml").write_text(text[: text.index("policies: #")])
+    (tmp_path / "no_judge.yaml").write_text(yaml.safe_dump({**WORLDGYM, "judges": {}}))
     nothing, no_lab = (
         "error: policies: is empty, so there is nothing to roll out",
         "error: judges.primary: the learned judges need a lab's episodes, and lab.scene is none",
@@ -90,7 +91,7 @@ def test_what_cannot_be_ranked_ends_with_one_line_and_leaves_no_lock(tmp_path):
     for target, config, says in (
         ("results/worldgym/tables/policy_ranking.csv", tmp_path / "no_policies.yaml", nothing),
         ("results/worldgym/gallery/index.html", tmp_path / "no_policies.yaml", nothing),
-        ("results/worldgym/tables/policy_ranking.csv", CONFIG, no_lab),
+        ("results/worldgym/tables/policy_ranking.csv", tmp_path / "no_judge.yaml", no_lab),
     ):
         done = run(tmp_path, target, config=config, check=False)
         (line,) = errors(done)
@@ -110,11 +111,7 @@ def test_the_papers_policies_are_served_beside_their_rollouts(tmp_path):
     policies = ("octo_base", "octo_small", "openvla", "openvla_v01", "rt_1_x", "spatialvla")
     assert all(set(rules) == {"roll_out", "serve_policy"} and len(set(ends)) == 1 for rules, ends in pairs)
     assert {ends[0] for _, ends in pairs} == {f"{policy}/{shard}" for policy in policies for shard in range(4)}
-    judged = tmp_path / "judged.yaml"
-    judged.write_text(
-        CONFIG.read_text() + "judges: {primary: vlm, vlm: {vlm: {model: m, base_url: 'http://127.0.0.1:9/v1'}}}\n"
-    )
-    printed = run(tmp_path, "results/worldgym/tables/policy_ranking.csv", "--dry-run", config=judged).stdout
+    printed = run(tmp_path, "results/worldgym/tables/policy_ranking.csv", "--dry-run", config=CONFIG).stdout
     assert re.search(r"ask_vlm +1\n", printed) and re.search(r"make_tables +1\n", printed)
     assert (
         "train_judge" not in printed
@@ -168,7 +165,7 @@ def small(tmp_path, server, vae):
             "lab/image_size": 64, "tokenizer/source": str(vae), "world_model/source/checkpoint": server.url,
             "world_model/source/sha256": changes.pop("sha256", server.sha256),
             "world_model/network": {"width": 64, "depth": 2, "heads": 2, "spatial_rope": "standard"},
-            "world_model/sampler/steps": 2, "world_model/sampler/window": 4, "trials/root": str(tmp_path / "trials"),
+            "world_model/sampler/steps": 2, "world_model/sampler/window": 4, "trials": {"root": str(tmp_path / "trials")},
         } | changes)  # fmt: skip
         path = tmp_path / "small.yaml"
         path.write_text(yaml.safe_dump(mapping))

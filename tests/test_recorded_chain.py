@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 import yaml
@@ -18,11 +19,13 @@ from workflow_src.episodes.store import EpisodeStore
 from workflow_src.workflow import checked
 
 
-def configured(data, recorded=None, **lab) -> dict:
+def configured(data, recorded=None) -> dict:
+    """The miniature chain without its lab, trained on `data` for one step."""
     mapping = yaml.safe_load(MINI.read_text())
-    mapping["lab"] |= lab
+    mapping["lab"] = {"scene": "none", "tasks": [], "image_size": 32}
+    mapping["policies"] = {}
+    mapping["tokenizer"]["training"]["steps"] = mapping["world_model"]["training"]["steps"] = 1
     mapping["world_model"] |= {"data": data, "mirror": False, "own_frames": {"share": 0.0}}
-    mapping["world_model"]["training"]["steps"] = 1
     mapping["episodes"]["recorded"] = {"groups": 2} | (recorded or {})
     return mapping
 
@@ -34,45 +37,56 @@ def write(tmp_path, mapping):
 
 
 def test_a_registered_name_is_enough(tmp_path):
-    """A dry run of the paper's mixture, without a path: every set is fetched, converted in groups and encoded."""
+    """A dry run of a mixture, without a path: every set is fetched, converted in groups and encoded."""
     config = write(tmp_path, configured("rt_1,bridge_v2,libero_10"))
-    done = run(tmp_path / "run", "-n", "results/world_model/model.safetensors", config=config)
+    done = run(tmp_path / "run", "-n", "results/world_model/model.safetensors", "recorded_data", config=config)
     jobs = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout, re.M))
-    assert jobs["download_dataset"] == "3" and jobs["convert_dataset"] == "6"
-    # Training splits of all three, and the primary one's own validation split.
-    assert jobs["merge_dataset"] == jobs["cache_latents"] == "4"
-    assert "results/episodes/rt_1/validation/episodes.parquet" in done.stdout
-    done = run(tmp_path / "run", "-n", "recorded_data", config=config)
-    assert dict(re.findall(r"^(\w+) +(\d+)$", done.stdout, re.M))["merge_dataset"] == "6"
+    assert jobs["download_dataset"] == "3" and jobs["convert_dataset"] == "6" and jobs["merge_dataset"] == "6"
+    assert jobs["inspect_episodes"] == "6"
+    assert jobs["cache_latents"] == "4"  # training splits of all three, and the primary one's own validation split
     for path in ("rt_1/validation", "bridge_v2/val", "libero_10/validation"):
         assert f"results/episodes/{path}/episodes.parquet" in done.stdout
 
 
-def test_a_copy_is_converted_and_trained_on(tmp_path):
-    copy = make_source(tmp_path / "copy")
-    config = write(tmp_path, configured("viola", {"copies": {"viola": str(copy)}, "groups": 1}))
-    folder = tmp_path / "run"
-    done = run(folder, "results/world_model/model.safetensors", config=config)
-    assert "download_dataset" not in done.stdout + done.stderr
-    assert len(EpisodeStore(folder / "results" / "episodes" / "viola" / "train")) == 6
-    assert (folder / "results" / "world_model" / "model.safetensors").is_file()
-    again = run(folder, "-n", "results/world_model/model.safetensors", config=config)
-    assert "Nothing to be done" in again.stdout + again.stderr
+def test_a_stream_leaves_no_copy():
+    """Converted from the network, but for sets that list no shards."""
+    flow = checked(configured("viola,bridge_sample", {"stream": True}))
+    assert (flow.source("viola"), flow.source_file("viola")) == (REGISTRY["viola"].address, [])
+    assert flow.source_file("bridge_sample") == "results/downloads/bridge_sample/download.json"
 
 
-def test_a_set_of_ones_own_is_fetched_and_converted(tmp_path):
+def test_one_set_can_be_asked_for():
+    """`--config dataset=bridge_v2`, whatever the world model is trained on; `all` is the mixture."""
+    flow = checked(configured("viola,rt_1") | {"dataset": "bridge_v2"})
+    assert flow.asked == ["bridge_v2"] and list(flow.recorded) == ["viola", "rt_1", "bridge_v2"]
+    assert flow.mixture.names == ("viola", "rt_1")
+    assert checked(configured("viola,rt_1")).asked == ["viola", "rt_1"]
+    with pytest.raises(UserError, match=r"dataset: 'bridge_v3' is unknown; did you mean 'bridge_v2'"):
+        checked(configured("viola") | {"dataset": "bridge_v3"})
+
+
+def test_sets_are_fetched_or_copied_converted_and_trained_on(tmp_path):
+    """One of one's own from the network, beside a registered one of which a copy is here; without a lab."""
     source = make_source(tmp_path / "source")
     pages = {f"/sets/mine/{path.name}": path.read_bytes() for path in source.iterdir()}
+    model, page = "results/world_model/model.safetensors", "results/figures/episodes/mine/validation/contact_sheet.png"
     with serving(pages) as server:
         entry = entry_dict(REGISTRY["viola"]) | {"address": server.url.replace("/file.bin", "/sets/mine")}
         (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"mine": entry}))
-        config = write(tmp_path, configured("mine", {"registry": str(tmp_path / "mine.yaml")}))
-        page = "results/figures/episodes/mine/validation/contact_sheet.png"
-        run(tmp_path / "run", "recorded_data", page, config=config)
-    assert (tmp_path / "run" / page).with_name("alignment.csv").is_file()
-    stores = tmp_path / "run" / "results" / "episodes" / "mine"
-    assert (len(EpisodeStore(stores / "train")), len(EpisodeStore(stores / "test"))) == (6, 2)
-    assert json.loads((stores / "train" / "provenance.json").read_text())["dataset"] == "mine"
+        recorded = {"registry": str(tmp_path / "mine.yaml"), "copies": {"viola": str(source)}, "groups": 1}
+        mapping = configured("mine,viola", recorded)
+        mapping["world_model"]["latents"] = "on_the_fly"
+        config = write(tmp_path, mapping)
+        done = run(tmp_path / "run", model, page, config=config)
+    jobs = dict(re.findall(r"^(\w+) +(\d+)$", done.stderr + done.stdout, re.M))
+    assert (jobs["download_dataset"], jobs["convert_dataset"], jobs["merge_dataset"]) == ("1", "2", "3")
+    stores = tmp_path / "run" / "results" / "episodes"
+    assert (len(EpisodeStore(stores / "mine" / "train")), len(EpisodeStore(stores / "mine" / "test"))) == (6, 2)
+    assert len(EpisodeStore(stores / "viola" / "train")) == 6
+    assert json.loads((stores / "mine" / "train" / "provenance.json").read_text())["dataset"] == "mine"
+    assert (tmp_path / "run" / page).with_name("alignment.csv").is_file() and (tmp_path / "run" / model).is_file()
+    again = run(tmp_path / "run", "-n", model, page, config=config)
+    assert "Nothing to be done" in again.stdout + again.stderr
 
 
 def test_a_store_that_is_there_is_not_made_again(tmp_path):
@@ -98,12 +112,25 @@ def test_a_store_that_is_there_is_not_made_again(tmp_path):
         ("viola", {"copies": {"violin": "/"}}, r"episodes.recorded.copies: 'violin' is unknown"),
         ("viola", {"groups": 0}, r"episodes.recorded.groups: 0 is impossible"),
         ("viola", {"max_rejected": 1}, r"episodes.recorded.max_rejected: 1.0 is not a fraction"),
+        ("viola", {"tensorflow": "tdfs"}, r"episodes.recorded.tensorflow: 'tdfs' is unknown; did you mean 'tfds'"),
+        ("viola", {"tensorflow": "/none/python"}, r"episodes.recorded.tensorflow: '/none/python' is no Python"),
+        ("viola", {"stream": True, "tensorflow": sys.executable}, r"episodes.recorded.stream: TensorFlow reads files"),
         ("viola", {"registry": "/none.yaml"}, r"/none.yaml: no such file of data sets"),
     ],
 )
 def test_mistakes_are_named_before_any_job(data, recorded, message):
     with pytest.raises(UserError, match=message):
         checked(configured(data, recorded))
+
+
+def test_tensorflow_reads_in_an_environment_of_its_own():
+    flow = checked(configured("viola"))
+    assert (flow.reader_environment, flow.reader) == ("../envs/base.yaml", "python -m workflow_src.episodes.convert")
+    flow = checked(configured("viola", {"tensorflow": "tfds"}))
+    command = "python -m workflow_src.episodes.convert --reader tensorflow"
+    assert (flow.reader_environment, flow.reader) == ("../envs/tfds.yaml", command)
+    flow = checked(configured("viola", {"tensorflow": sys.executable}))
+    assert (flow.reader_environment, flow.reader.split()[0]) == (None, sys.executable)
 
 
 def test_only_robots_whose_axes_are_known_are_mirrored():

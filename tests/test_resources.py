@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,9 +18,10 @@ from workflow_src import resources
 from workflow_src.common.config import from_dict
 from workflow_src.common.errors import UserError
 from workflow_src.common.sections import Config
+from workflow_src.execution import limit_servers, rollout_retries, shell_prefix
 from workflow_src.policies import lifecycle
 from workflow_src.rollouts.run import use_devices
-from workflow_src.workflow import checked, limit_servers, rollout_retries, shell_prefix
+from workflow_src.workflow import checked
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,8 @@ def test_of_several_gpus_the_last_is_the_world_models(tmp_path, monkeypatch, gra
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", granted)
     listener, endpoint = lifecycle.bind("127.0.0.1", 0, "p", tmp_path / "log")
     listener.close()
-    lifecycle.leave_last(endpoint.devices)
+    endpoint.grant(tmp_path / "endpoint.json", endpoint.devices)
+    assert json.loads((tmp_path / "endpoint.json").read_text())["devices"] == endpoint.devices
     assert os.environ["CUDA_VISIBLE_DEVICES"] == policy
     use_devices(endpoint.devices)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == world_model
@@ -99,16 +101,28 @@ def test_attempts_ask_for_more_up_to_a_day():
     (0, (0, 0), 0), (2, (2, 2), 1), ({"random": 0}, (1, 0), 1), ({"random": 0, "bc_6": 0, "bc_3": 0}, (0, 0), 0),
 ])  # fmt: skip
 def test_gpus_of_policies_by_name_or_for_all(asked, counts, imagining):
-    mini = from_dict(Config, yaml.safe_load(MINI.read_text()) | {"gpus": {"rollouts": asked}})
-    assert tuple(resources.gpus_of_policy(mini, name) for name in ("bc_3", "random")) == counts
-    assert resources.imagining_gpus(mini) == imagining
+    mapping = yaml.safe_load(MINI.read_text()) | {"gpus": {"rollouts": asked}}
+    cluster = checked(mapping, devices=None)
+    assert tuple(resources.gpus_of_policy(cluster.config, name) for name in ("bc_3", "random")) == counts
+    assert resources.imagining_gpus(cluster) == imagining
     # With a server of its own a policy leaves its GPUs to it; one that runs elsewhere needs one for the world model.
     job = SimpleNamespace(policy="bc_3")
-    there = replace(
-        mini, policies=mini.policies | {"bc_3": replace(mini.policies["bc_3"], endpoint="ws://127.0.0.1:1")}
-    )
-    assert resources.rollout_gpus(mini)(job) == 0 and resources.server_gpus(mini)(job) == counts[0]
+    mapping["policies"]["bc_3"] |= {"endpoint": "ws://127.0.0.1:1", "revision": "a"}
+    there = checked(mapping, devices=None)
+    assert resources.rollout_gpus(cluster)(job) == 0 and resources.server_gpus(cluster)(job) == counts[0]
     assert resources.rollout_gpus(there)(job) == min(1, counts[0])
+
+
+def test_a_machine_gives_every_job_one_of_its_gpus_or_none():
+    for devices, configured, expected in (
+        ((), 8, 0),
+        (("0", "1"), 0, 1),
+        (("0", "1"), 2, 2),
+        (None, 0, 0),
+        (None, 8, 8),
+    ):
+        mapping = yaml.safe_load(MINI.read_text()) | {"gpus": {"world_model": configured}}
+        assert checked(mapping, devices=devices).gpus(configured) == expected
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.stores import frames_of, make_store
 from workflow_src.common import sections
 from workflow_src.common.config import to_dict
 from workflow_src.common.errors import UserError
@@ -94,6 +95,16 @@ def test_from_episodes_to_a_tokenizer_that_reconstructs(tmp_path, monkeypatch):
     out.unlink()
     run_cli(monkeypatch, training, **flags)  # the last checkpoint is there, so this retrains nothing
     assert out.read_bytes() == first and load_tokenizer(out.parent).digest == tokenizer.digest
+
+
+def test_unequal_episodes_give_their_frames_too(tmp_path, monkeypatch):
+    """All of them where they are few, and otherwise as many as fit, spread over all episodes."""
+    episodes = frames_of([5, 3, 9])
+    table = make_store(tmp_path, episodes).root / "episodes.parquet"
+    every = np.concatenate(episodes)
+    np.testing.assert_array_equal(training.load_frames(table), every)
+    monkeypatch.setattr(training, "MOST", 5)
+    np.testing.assert_array_equal(training.load_frames(table), every[[0, 4, 8, 12, 16]])
 
 
 def test_missing_and_broken_artefacts_are_named(tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from workflow_src.common.config import load_stage
 from workflow_src.common.errors import UserError
-from workflow_src.rollouts import trials
+from workflow_src.rollouts import gather, trials
 from workflow_src.rollouts.trials import load_trials
 from workflow_src.rollouts.worlds import make_lab
 
@@ -24,9 +24,9 @@ def stage_file(folder, seed=3, per_task=2, root=""):
     return path
 
 
-def make(monkeypatch, stage, out):
+def make(monkeypatch, stage, out, program=trials):
     monkeypatch.setattr(sys, "argv", ["trials", "--config", str(stage), "--out", str(out)])
-    trials.main()
+    program.main()
     return load_trials(out)
 
 
@@ -98,7 +98,7 @@ def test_somebodys_own_folder_is_taken_over(tmp_path, monkeypatch):
     own = tmp_path / "own"
     pair(own, "stack cups/v1.2", partial_credit_criteria="0.5 if it holds the cup")
     Image.fromarray(np.full((8, 8), 90, np.uint8)).save(own / "stack cups/v1.2.png")  # grey
-    (only,) = make(monkeypatch, stage_file(tmp_path, root=str(own)), tmp_path / "out" / "trials.json")
+    (only,) = make(monkeypatch, stage_file(tmp_path, root=str(own)), tmp_path / "out" / "trials.json", gather)
     assert (only.trial_id, only.task) == ("stack cups/v1.2", "stack cups")
     assert only.image.shape == (8, 8, 3) and only.initial_state is None
     assert only.partial_credit_criteria == "0.5 if it holds the cup"

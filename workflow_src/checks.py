@@ -12,19 +12,21 @@ from urllib.parse import urlsplit
 from workflow_src.common.addresses import is_loopback
 from workflow_src.common.config import check_name
 from workflow_src.common.errors import UserError
-from workflow_src.common.sections import Config, Policy, Vlm
+from workflow_src.common.sections import Config, Foreign, Policy, Vlm
 from workflow_src.embodiments import EMBODIMENTS
 from workflow_src.episodes.mixture import frame_skips, read_mixture
 from workflow_src.episodes.registry import Dataset, load_registry
-from workflow_src.episodes.sources import description
+from workflow_src.episodes.sources import description, find_split
+from workflow_src.policies.foreign import check as check_foreign
+from workflow_src.rollouts.suites import origins
 from workflow_src.world_model.published import check as check_published
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ROOT / "config" / "prompts"
-SPLITS = {"train": ("train",), "validation": ("validation", "val", "test")}  # what data sets of others call them
 FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 LEARNED = ("classifier", "state")  # judges that one training makes and one job runs
 HUMAN = "human"
+EXISTING = "conda:"  # before the name of a conda environment that exists
 
 
 def check(config: Config) -> Config:
@@ -43,12 +45,15 @@ def check(config: Config) -> Config:
 
 
 def _with_tasks(config: Config) -> Config:
-    """Without a lab, tasks that are not named are the folders of the trials."""
-    root = Path(config.trials.root)
-    if config.lab.scene != "none" or config.lab.tasks or not root.is_dir():
+    """Without a lab, tasks that are not named are those that there are first frames of."""
+    if config.lab.scene != "none" or config.lab.tasks:
         return config
-    tasks = tuple(sorted({path.parent.name for path in root.glob("*/*.json")}))
-    return replace(config, lab=replace(config.lab, tasks=tasks))
+    return replace(config, lab=replace(config.lab, tasks=tuple(origins(config.trials))))
+
+
+def gathered(config: Config) -> bool:
+    """Whether trials come from elsewhere than the lab."""
+    return bool(config.trials.root or config.trials.suites or config.trials.store)
 
 
 def prompt_file(vlm: Vlm) -> Path:
@@ -60,8 +65,10 @@ def _check_lab(config: Config) -> None:
     from workflow_src.tabletop.tasks import tasks_of
 
     if config.lab.scene == "none":
-        if not config.trials.root:
-            raise UserError("trials.root: is empty; without a lab (lab.scene: none) name a folder of first frames")
+        if config.policies and not gathered(config):
+            raise UserError(
+                "trials.root: is empty; without a lab (lab.scene: none) name a folder of first frames, suites or a store"
+            )
         return
     allowed = tasks_of(config.lab.scene)
     for i, task in enumerate(config.lab.tasks):
@@ -106,10 +113,13 @@ def _check_data(config: Config) -> None:
 
 
 def recorded_sets(config: Config) -> dict[str, Dataset]:
+    """The registered data sets among those of `world_model.data`, and the one that `dataset` asks for."""
     own = config.episodes.dataset
     registry = load_registry(config.episodes.recorded.registry)
     there = {own, *config.episodes.stores}
-    return {name: registry[name] for name in read_mixture(config.world_model.data, own).names if name not in there}
+    named = read_mixture(config.world_model.data, own).names
+    asked = () if config.dataset == "all" else (config.dataset,)
+    return {name: registry[name] for name in dict.fromkeys((*named, *asked)) if name not in there}
 
 
 def _check_recorded(config: Config, registered: Iterable[str]) -> None:
@@ -124,8 +134,17 @@ def _check_recorded(config: Config, registered: Iterable[str]) -> None:
         raise UserError(f"episodes.recorded.groups: {recorded.groups} is impossible; it must be at least 1")
     if not 0 <= recorded.max_rejected < 1:
         raise UserError(f"episodes.recorded.max_rejected: {recorded.max_rejected} is not a fraction from 0 to below 1")
+    if config.dataset != "all":
+        check_name("dataset", config.dataset, ["all", *registered])
+    if recorded.stream and recorded.tensorflow:
+        raise UserError("episodes.recorded.stream: TensorFlow reads files; leave out stream or tensorflow")
+    if recorded.tensorflow:
+        _check_environment("episodes.recorded.tensorflow", recorded.tensorflow, ["tfds"])
+    trained = read_mixture(config.world_model.data, config.episodes.dataset).names
     unknown = [
-        name for name, entry in recorded_sets(config).items() if EMBODIMENTS[entry.embodiment].lateral_axis is None
+        name
+        for name, entry in recorded_sets(config).items()
+        if name in trained and EMBODIMENTS[entry.embodiment].lateral_axis is None
     ]
     if config.world_model.mirror and unknown:
         raise UserError(
@@ -139,16 +158,10 @@ def _check_recorded(config: Config, registered: Iterable[str]) -> None:
 
 def split_folder(config: Config, dataset: str, split: str) -> Path:
     """Folder of a split of one of `episodes.stores`. Raises UserError where there are no episodes."""
-    root = Path(config.episodes.stores[dataset])
-    names = SPLITS.get(split, (split,))
-    for name in names:
-        folder = root / name
-        if (folder / "episodes.parquet").is_file() or next(folder.glob("*.mp4"), None):
-            return folder
-    raise UserError(
-        f"episodes.stores.{dataset}: {str(root)!r} holds no episodes of the split {split}; "
-        f"expected episodes.parquet or mp4 + npz in {' or '.join(names)}/"
-    )
+    try:
+        return find_split(Path(config.episodes.stores[dataset]), split)
+    except UserError as error:
+        raise UserError(f"episodes.stores.{dataset}: {error}") from None
 
 
 def _check_policies(config: Config) -> None:
@@ -160,11 +173,10 @@ def _check_policies(config: Config) -> None:
         if policy.endpoint:
             _check_endpoint(path, policy)
             continue
+        if policy.foreign != Foreign():
+            raise UserError(f"{path}.foreign: is for a server that is already running; name it as endpoint")
         check_name(f"{path}.adapter", policy.adapter, ADAPTERS)
-        if "/" not in policy.env:
-            check_name(f"{path}.env", policy.env, [file.stem for file in (ROOT / "envs").glob("*.yaml")])
-        elif not os.access(Path(policy.env).expanduser(), os.X_OK):
-            raise UserError(f"{path}.env: {policy.env!r} is no Python interpreter here; see envs/build.py")
+        _check_environment(f"{path}.env", policy.env, [file.stem for file in (ROOT / "envs").glob("*.yaml")])
         if policy.network:
             check_name(f"{path}.network", policy.network, config.behaviour_cloning)
             snapshots = config.behaviour_cloning[policy.network].snapshots
@@ -180,6 +192,21 @@ def _check_policies(config: Config) -> None:
             )
 
 
+def _check_environment(path: str, env: str, names: list[str]) -> None:
+    """Raise where nothing is at hand that could serve; the name of a conda environment is conda's to check."""
+    if "/" in env:
+        if not os.access(python_of(env), os.X_OK):
+            raise UserError(f"{path}: {env!r} is no Python interpreter here; see envs/build.py")
+    elif not env.startswith(EXISTING):
+        check_name(path, env, names)
+
+
+def python_of(env: str) -> Path:
+    """The interpreter that `env` is, or that lies in the environment's folder `env`."""
+    path = Path(env).expanduser()
+    return path / "bin" / "python" if path.is_dir() else path
+
+
 def _check_file_name(path: str, name: str) -> None:
     if not re.fullmatch(FILE_NAME, name):
         raise UserError(f"{path}: {name!r} is not usable as a file name; use letters, digits, '_', '-' and '.'")
@@ -190,6 +217,10 @@ def _check_endpoint(path: str, policy: Policy) -> None:
         raise UserError(f"{path}.revision: is empty; say what the server at {policy.endpoint} serves")
     if not re.match(r"wss?://", policy.endpoint):
         raise UserError(f"{path}.endpoint: {policy.endpoint!r} is not a websocket address; write ws://host:port")
+    if policy.foreign != Foreign():
+        if not policy.foreign.cameras:
+            raise UserError(f"{path}.foreign.cameras: is empty; name the key under which the server wants the image")
+        check_foreign(f"{path}.foreign", policy.foreign)
     local = is_loopback(urlsplit(policy.endpoint).hostname or "")
     if policy.endpoint.startswith("ws://") and not local and not policy.allow_plaintext:
         raise UserError(f"{path}.endpoint: {policy.endpoint!r} is unencrypted; use wss:// or set allow_plaintext: true")

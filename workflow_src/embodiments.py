@@ -21,6 +21,7 @@ import numpy as np
 from workflow_src.common.errors import UserError
 
 METRIC_DIM = 7
+POSE = ("x", "y", "z", "roll", "pitch", "yaw", "opening")  # of a gripper: m, rad, 0 (closed) to 1
 WORLD_MODEL_DIM = 10
 
 
@@ -220,6 +221,22 @@ def follow_gripper(closing: np.ndarray, before: np.ndarray | float = 1.0) -> np.
         command = closing[..., step]
         opening[..., step] = now = np.where(command > 0.5, False, np.where(command < -0.5, True, now))
     return opening if opening.ndim else follow_gripper(np.reshape(closing, 1), before)[0]
+
+
+def dead_reckon(pose: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """Poses `(..., 7)` after metric `actions (..., 7 or more)`, if the robot had done exactly what it was told.
+
+    Angles add up, as in BridgeData, whose reached actions are differences of poses.
+    """
+    moved = turn_to(np.zeros(6), pose[..., :6] + actions[..., :6])
+    return np.concatenate([moved, actions[..., 6:7]], -1)
+
+
+def turn_to(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Displacements `(..., 6)` from pose to pose; of an angle the short way round."""
+    way = after - before
+    way[..., 3:] = (way[..., 3:] + np.pi) % (2 * np.pi) - np.pi
+    return way
 
 
 def mirror_actions(actions: np.ndarray, embodiment: str = "tabletop") -> np.ndarray:

@@ -7,9 +7,12 @@ A profile's `set-resources` replaces any of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workflow_src.common.sections import Config
+
+if TYPE_CHECKING:
+    from workflow_src.workflow import Workflow
 
 DAY = 1440  # minutes; few partitions grant more, and a training that is stopped continues in its next attempt
 CORES_PER_GPU = 4  # decoding and encoding beside the training itself
@@ -53,20 +56,26 @@ def gpus_of_policy(config: Config, policy: str) -> int:
     return asked.get(policy, 1) if isinstance(asked, dict) else asked
 
 
-def server_gpus(config: Config) -> Callable[[Any], int]:
+def server_gpus(flow: Workflow) -> Callable[[Any], int]:
     """`gpu` of a server. Its rollouts share them and ask for none: within a service's group resources are summed."""
-    return lambda wildcards: gpus_of_policy(config, wildcards.policy)
+    return lambda wildcards: flow.gpus(gpus_of_policy(flow.config, wildcards.policy))
 
 
-def rollout_gpus(config: Config) -> Callable[[Any], int]:
+def rollout_gpus(flow: Workflow) -> Callable[[Any], int]:
     """`gpu` of rollouts: those of the world model alone where the policy's server runs elsewhere, else the server's."""
-    served = {name: not policy.endpoint for name, policy in config.policies.items()}
-    return lambda wildcards: 0 if served[wildcards.policy] else min(1, gpus_of_policy(config, wildcards.policy))
+
+    def asked(wildcards: Any) -> int:
+        if flow.served(wildcards.policy):
+            return 0
+        return flow.gpus(min(1, gpus_of_policy(flow.config, wildcards.policy)))
+
+    return asked
 
 
-def imagining_gpus(config: Config) -> int:
+def imagining_gpus(flow: Workflow) -> int:
     """`gpu` of jobs that use the world model without a policy: one where rollouts of any policy ask for some."""
-    return min(1, max(gpus_of_policy(config, name) for name in config.policies or [""]))
+    policies = flow.config.policies or [""]
+    return flow.gpus(min(1, max(gpus_of_policy(flow.config, name) for name in policies)))
 
 
 def server_memory(config: Config) -> Resource:

@@ -13,7 +13,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from workflow_src.checks import HUMAN, LEARNED, ROOT, SPLITS, check, prompt_file, recorded_sets, split_folder
+from workflow_src.checks import (
+    EXISTING,
+    HUMAN,
+    LEARNED,
+    ROOT,
+    check,
+    gathered,
+    prompt_file,
+    python_of,
+    recorded_sets,
+    split_folder,
+)
 from workflow_src.common import config as configuration
 from workflow_src.common.config import to_dict, write_stage
 from workflow_src.common.errors import UserError
@@ -22,14 +33,14 @@ from workflow_src.common.progress import say
 from workflow_src.common.sections import Config
 from workflow_src.episodes.mixture import Mixture, read_mixture
 from workflow_src.episodes.registry import Dataset, entry_dict
-from workflow_src.episodes.sources import description
-from workflow_src.training.local_cache import VARIABLE
+from workflow_src.episodes.sources import SPLITS, description
+from workflow_src.rollouts.pictures import SUFFIXES
+from workflow_src.rollouts.suites import LIST, left_out, origins, tasks_of
 from workflow_src.world_model.published import is_address
 
 WORLDS = ("lab", "world_model")
 CORRUPTIONS = ("as_recorded", "gripper_open", "offset", "frozen", "reversed", "shuffled")  # rollouts/corruptions.py
 LEARNED_FIELDS = ("batch", "width", "latent_noise", "training")  # what these depend on
-JOBS_BESIDE = 3  # trainings that may run while policies are served
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,7 @@ class Workflow:
     """One checked configuration and everything the rules ask about it."""
 
     config: Config
+    devices: tuple[str, ...] | None = None  # GPUs of this machine for its jobs; None: jobs run elsewhere, on a cluster
 
     @property
     def results(self) -> str:
@@ -70,18 +82,27 @@ class Workflow:
 
     @cached_property
     def recorded(self) -> dict[str, Dataset]:
-        """The registered data sets among them, which are fetched and converted."""
+        """The registered data sets among them, and the one that is asked for, which are fetched and converted."""
         return recorded_sets(self.config)
 
-    def source(self, dataset: str) -> str:
-        """Folder of a registered data set as its authors publish it: a copy that is here, or the download."""
-        return self.config.episodes.recorded.copies.get(dataset, f"{self.results}/downloads/{dataset}")
+    @property
+    def asked(self) -> list[str]:
+        """The registered data sets that `recorded_data` makes."""
+        return [name for name in self.recorded if self.config.dataset in ("all", name)]
 
-    def source_file(self, dataset: str) -> str:
-        """The file that stands for that folder among a rule's inputs."""
+    def source(self, dataset: str) -> str:
+        """A registered data set as its authors publish it: folder of a copy that is here, or of the download, or address."""
+        recorded, entry = self.config.episodes.recorded, self.recorded[dataset]
+        fetched = f"{self.results}/downloads/{dataset}"
+        streamed = recorded.stream and entry.address and not entry.files
+        return recorded.copies.get(dataset, entry.address if streamed else fetched)
+
+    def source_file(self, dataset: str) -> str | list[str]:
+        """The file that stands for that folder among a rule's inputs; none where it is read from the network."""
+        source = self.source(dataset)
         if dataset in self.config.episodes.recorded.copies:
-            return str(description(self.source(dataset)))
-        return f"{self.source(dataset)}/download.json"
+            return str(description(source))
+        return [] if "://" in source else f"{source}/download.json"
 
     def groups(self, dataset: str) -> list[str]:
         """Results of all shard groups of a registered data set."""
@@ -106,28 +127,72 @@ class Workflow:
         return _nothing_to_record if self.config.lab.scene == "none" else self.stage("episodes")
 
     @property
+    def gathered(self) -> bool:
+        """Whether trials come from elsewhere than the lab."""
+        return gathered(self.config)
+
+    @cached_property
+    def lists(self) -> dict[str, str]:
+        """Task → address, of the public lists of first frames that trials are made of."""
+        asked, there = tasks_of(self.config.trials.suites), origins(self.config.trials)
+        listed = {there[task].shown for task in self.config.lab.tasks if task in there and there[task].kind == LIST}
+        return {task: asked[task].list for task in sorted(listed)}
+
+    @property
+    def pictures(self) -> list[str]:
+        """Somebody's own first frames and what is said beside them."""
+        root = Path(self.config.trials.root)
+        wanted = (*SUFFIXES, ".json")
+        found = root.glob("*/*") if self.config.trials.root else ()
+        return sorted(str(path) for path in found if path.suffix.lower() in wanted and path.name[0] != ".")
+
+    @property
     def worlds(self) -> tuple[str, ...]:
         """The worlds that policies are rolled out in."""
         return WORLDS[1:] if self.config.lab.scene == "none" else WORLDS
+
+    def seen_by_tokenizer(self, split: str) -> str:
+        """The episodes that the tokenizer is trained on: the lab's, or without a lab the world model's first data set's."""
+        none = self.config.lab.scene == "none"
+        return self.store(self.mixture.names[0] if none else self.config.episodes.dataset, split)
 
     def caches(self, split: str, datasets: Iterable[str]) -> list[str]:
         """Latent caches of a split; none where latents are encoded on the fly."""
         cached = self.config.world_model.latents == "cached"
         return [f"{self.results}/latents/{dataset}/{split}/latents.json" for dataset in datasets if cached]
 
+    def gpus(self, configured: int) -> int:
+        """The GPUs that a job asks for: on a cluster as configured, on a machine with GPUs at least one, else none."""
+        if self.devices is None:
+            return configured
+        return max(1, configured) if self.devices else 0
+
     def served(self, policy: str) -> bool:
         """Whether the workflow starts this policy's server itself."""
         return not self.config.policies[policy].endpoint
 
     def environment(self, policy: str) -> str | None:
-        """Conda environment of a policy's server: a file beside the rules; None where an interpreter is configured."""
-        env = self.config.policies[policy].env
-        return None if "/" in env else f"../envs/{env}.yaml"
+        """Conda environment of a policy's server: a file beside the rules, or one that exists, by its name.
+
+        None where an interpreter or the folder of an environment is configured.
+        """
+        return _environment(self.config.policies[policy].env)
 
     def interpreter(self, policy: str) -> str:
         """What runs a policy's server: the environment's Python, or the configured one."""
-        env = self.config.policies[policy].env
-        return shlex.quote(str(Path(env).expanduser())) if "/" in env else "python"
+        return _interpreter(self.config.policies[policy].env)
+
+    @property
+    def reader_environment(self) -> str | None:
+        """Conda environment of conversions, like `environment`."""
+        return _environment(self.config.episodes.recorded.tensorflow or "base")
+
+    @property
+    def reader(self) -> str:
+        """The command that converts: its Python, its module, and by whom RLDS is read."""
+        tensorflow = self.config.episodes.recorded.tensorflow
+        module = "-m workflow_src.episodes.convert"
+        return f"{_interpreter(tensorflow)} {module}{' --reader tensorflow' if tensorflow else ''}"
 
     def endpoint_arguments(self, policy: str) -> str:
         """How the doctor reaches a policy whose server is already running; empty: it serves the policy itself."""
@@ -193,6 +258,16 @@ class Workflow:
             write_stage(f"{self.results}/config", name, self.config, sections)
 
 
+def _environment(name: str) -> str | None:
+    if "/" in name:
+        return None
+    return name.removeprefix(EXISTING) if name.startswith(EXISTING) else f"../envs/{name}.yaml"
+
+
+def _interpreter(name: str) -> str:
+    return shlex.quote(str(python_of(name))) if "/" in name else "python"
+
+
 def _stages(config: Config) -> dict[str, dict[str, Any]]:
     """Stage → the sections it depends on (None: all of the section). Knobs that change no result are left at defaults."""
     lab = to_dict(replace(config.lab, workers=2))
@@ -211,7 +286,17 @@ def _stages(config: Config) -> dict[str, dict[str, Any]]:
         "trials": {"lab": lab, "trials": None},
         "corruptions": {"lab": lab, "rollouts": rollouts},
         "analysis": {
-            name: None for name in ("lab", "policies", "behaviour_cloning", "judges", "trials", "analysis", "reality")
+            name: None
+            for name in (
+                "lab",
+                "policies",
+                "behaviour_cloning",
+                "judges",
+                "trials",
+                "analysis",
+                "reality",
+                "reality_names",
+            )
         },
     }
     if config.world_model.source.checkpoint:
@@ -233,22 +318,31 @@ def _stages(config: Config) -> dict[str, dict[str, Any]]:
     return stages
 
 
-def checked(mapping: dict[str, Any]) -> Workflow:
+def checked(mapping: dict[str, Any], devices: tuple[str, ...] | None = None) -> Workflow:
     """Build and cross-check the configuration that Snakemake merged. Raises `UserError` before any job starts."""
-    return Workflow(check(configuration.from_dict(Config, mapping)))
+    return Workflow(check(configuration.from_dict(Config, mapping)), devices)
 
 
 # ---- Snakefile helpers ----------------------------------------------------------------------------------------------
 
 
-def open_workflow(mapping: dict[str, Any]) -> Workflow:
+def open_workflow(mapping: dict[str, Any], devices: tuple[str, ...] | None = None) -> Workflow:
     """`checked`, for the Snakefile: a mistake ends Snakemake with one line and no traceback."""
     try:
-        workflow = checked(json.loads(json.dumps(mapping)))
+        workflow = checked(json.loads(json.dumps(mapping)), devices)
         workflow.write_stage_files()
+        _say_what_is_left_out(workflow.config)
         return workflow
     except UserError as error:
         _end(error)
+
+
+def _say_what_is_left_out(config: Config) -> None:
+    """Tasks of suites that nobody has first frames of; once, not in the Snakemake that a job may run."""
+    if "REHEARSAL_PARENT" not in os.environ:
+        for suite, tasks in left_out(config.trials).items():
+            where = f"put pictures into {config.trials.root or '<trials.root>'}/<task>/"
+            say(f"trials: suite {suite}: no first frames, left out: {', '.join(tasks)}; {where}")
 
 
 def _end(error: UserError) -> None:
@@ -288,74 +382,6 @@ def require_keys(workflow: Workflow, jobs: Iterable[Any]) -> None:
         except UserError as error:
             say(f"error: {error}")
             sys.exit(2)
-
-
-# A cluster sends SIGTERM to every process of a job, some time before its limit. The shell and `tee` stay for the last words
-# of what they wait for, and a shell that died would take the job's processes with it.
-OUTLAST_SIGTERM = "trap : TERM; tee() ( trap '' TERM; exec tee \"$@\" ); "
-
-
-def shell_prefix(deployment: Any, config: Config) -> str:
-    """Opens every job's shell: `python -m workflow_src…` works from any directory, and idle OpenMP threads stay off the cores.
-
-    With conda among Snakemake's `deployment` methods, each rule's environment has put its own Python first. Otherwise it is
-    the Python that runs Snakemake. What `config` says about the way there, and not about results, travels as variables:
-    a changed prefix reruns nothing.
-    """
-    conda = "conda" in map(str, deployment)
-    settings = f"PYTHONPATH={shlex.quote(str(ROOT))} OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1"
-    path = "" if conda else f" PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
-    given = "".join(f" {name}={shlex.quote(value)}" for name, value in manner_variables(config).items())
-    # A job's shell would survive a killed Snakemake and hide its death from the job, so jobs watch Snakemake itself.
-    return f"set -euo pipefail; export {settings}{path} REHEARSAL_PARENT=$PPID{_doubled(given)}; {OUTLAST_SIGTERM}"
-
-
-def _doubled(text: str) -> str:
-    """Braces as they have to be in what Snakemake formats."""
-    return text.replace("{", "{{").replace("}", "}}")
-
-
-def manner_variables(config: Config) -> dict[str, str]:
-    """Variables of the environment that `distributed` and `local_cache` stand for, unless they are set already."""
-    chosen = config.distributed
-    level = {"warnings": ("WARN", "OFF"), "info": ("INFO", "INFO"), "detail": ("TRACE", "DETAIL")}[chosen.debug]
-    configured = {
-        VARIABLE: config.local_cache,
-        "REHEARSAL_GROUP_TIMEOUT": str(chosen.timeout),
-        "NCCL_IB_DISABLE": str(int(not chosen.infiniband)),
-        "NCCL_DEBUG": level[0],
-        "TORCH_DISTRIBUTED_DEBUG": level[1],
-    }
-    return {name: os.environ.get(name, value) for name, value in configured.items()}
-
-
-def servers_at_once(cores: int) -> int:
-    """How many policies may be served side by side on a machine of `cores`.
-
-    Snakemake runs its jobs in a pool of `cores + 5` threads, and a served policy takes three of them: server, rollouts,
-    and the group of both. A server that waits for a thread misses the seconds in which its endpoint file is expected.
-    """
-    fitting = [n for n in range(1, cores + 1) if 3 * n + min(cores - n, JOBS_BESIDE) <= cores + 5]
-    return max(fitting, default=1)
-
-
-def rollout_retries(workflow: Any) -> int:
-    """Once on one machine, for a server that died; on a cluster also for jobs that were stopped at their time limit."""
-    return 5 if _submits(workflow) else 1
-
-
-def _submits(workflow: Any) -> bool:
-    """Whether this Snakemake hands jobs to a cluster (`--jobs`, not `--cores`), and is not one that runs such a job."""
-    return workflow.is_main_process and workflow.nodes is not None
-
-
-def limit_servers(workflow: Any) -> None:
-    """Declare to Snakemake's `workflow` how many policies may be served at once here, unless `--resources` says it.
-
-    On a cluster each has a machine's share of its own.
-    """
-    if not _submits(workflow) and "servers" not in workflow.global_resources:
-        workflow.register_resource("servers", servers_at_once(workflow.resource_settings.cores or 1))
 
 
 def any_of(names: Any) -> str:

@@ -122,13 +122,14 @@ def test_without_gpus_in_the_configuration_none_are_asked_for(tmp_path):
     assert values(jobs["train_world_model"], "--cpus-per-task") == ["1"]
 
 
-def test_gpus_of_the_command_line_are_those_of_the_processes(tmp_path):
-    """On this machine: as many processes as GPUs are granted, and without any as many as are configured."""
-    for limit, processes in (("gpu=2", "(2 ? 2 : 1)"), ("gpu=0", "(0 ? 0 : 1)")):
+def test_a_machine_trains_on_the_gpus_that_it_has(tmp_path):
+    """As many processes as GPUs are there, of those that are asked for, and without any as many as are configured."""
+    for visible, processes in (("0,1", "(2 ? 2 : 1)"), ("", "(0 ? 0 : 1)")):
         command = [
             sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(tmp_path),
-            "--configfile", str(write_config(tmp_path, gpus={"world_model": 4})), "--cores", "8", "--resources", limit,
+            "--configfile", str(write_config(tmp_path, gpus={"world_model": 4})), "--cores", "8",
             "--dry-run", "--printshellcmds", "--", "results/world_model/model.safetensors",
         ]  # fmt: skip
-        printed = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=True).stdout
-        assert f"--nproc-per-node=$({processes})" in printed
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": visible}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT, check=True)
+        assert f"--nproc-per-node=$({processes})" in done.stdout

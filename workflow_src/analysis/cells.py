@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,31 +55,67 @@ def load_cells(file: str | Path) -> Cells:
     return Cells(tuple(policies), tuple(tasks), *(grids.get(c) for c in REAL_COLUMNS + IMAGINED_COLUMNS), table)
 
 
-def load_reality(file: str | Path, policies: Sequence[str], tasks: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Real success rates and trial counts `(P, K)` from a CSV with columns policy, task, success (rate), n, source.
+@dataclass(frozen=True)
+class Reality:
+    """A lab's real results: the complete block of `policies` and `tasks` that they cover, which may be empty.
 
-    Raises `UserError` for a missing or doubled cell, a policy or task of one side only, a rate outside [0, 1] or n < 1.
+    `rate`, `n` and `partial` (mean partial credit, NaN where not given) are float64 `(P, K)`; `left_out` says in lines what of
+    the file or of the ranking was not used.
     """
-    table = _read(file, REALITY_COLUMNS, f"{', '.join(REALITY_COLUMNS)}, source")
-    for column, allowed in (("policy", policies), ("task", tasks)):
-        found = set(table[column])
-        if extra := sorted(found - set(allowed)):
-            raise UserError(
-                f"{file}: {column} {extra[0]!r} has real results but is not ranked; remove it or configure it"
-            )
-        if absent := [name for name in allowed if name not in found]:
-            raise UserError(f"{file}: no row for {column} {absent[0]!r}, which is ranked; add its real results")
+
+    policies: list[str]
+    tasks: list[str]
+    rate: np.ndarray
+    n: np.ndarray
+    partial: np.ndarray
+    left_out: list[str]
+
+
+def load_reality(
+    file: str | Path, policies: Sequence[str], tasks: Sequence[str], names: Mapping[str, str] | None = None
+) -> Reality:
+    """Real results from a CSV: policy, task, success (rate; or real), n (or n_real), source; maybe trial_id (n is 1), partial.
+
+    `names`: what the file calls a policy or task → what it is called here. Tasks count that some ranked policy has results
+    of, and policies that have results of all of those. Raises `UserError` for a missing column, a doubled cell or trial, a
+    rate outside [0, 1], n < 1.
+    """
+    import pandas as pd
+
+    columns = f"{', '.join(REALITY_COLUMNS)}, source"
+    # As the published tables call them.
+    table = _read(file, KEY, columns).rename(columns=dict(zip(REAL_COLUMNS, REALITY_COLUMNS[2:])))
+    if "n" not in table and "trial_id" in table:
+        table["n"] = 1
+    if missing := [column for column in REALITY_COLUMNS if column not in table]:
+        raise UserError(f"{file}: has no column {', '.join(missing)}; columns: {columns}")
     for column in ("success", "n"):
         table[column] = _numbers(file, table, column)
-    rate, n = _grids(file, table, ["success", "n"], policies, tasks)
-    return rate, n
+    table["partial"] = _numbers(file, table, "partial") if "partial" in table else np.nan
+    table[KEY] = table[KEY].replace(dict(names or {}))
+    known = table["policy"].isin(policies) & table["task"].isin(tasks)
+    strangers = table.loc[~known, KEY].drop_duplicates()
+    left_out = [f"{file}: {row.policy}, {row.task} is not ranked here" for row in strangers.itertuples()]
+    rows = table[known]
+    weighted = rows.assign(success=rows["success"] * rows["n"], partial=rows["partial"] * rows["n"])
+    sums = weighted.groupby(KEY)[["success", "partial", "n"]].sum(min_count=1)
+    covered = [task for task in tasks if task in set(rows["task"])]
+    complete = [policy for policy in policies if covered and all((policy, task) in sums.index for task in covered)]
+    for kind, every, some in (("policy", policies, complete), ("task", tasks, covered if complete else [])):
+        left_out += [f"{file}: no complete real results for {kind} {name}" for name in every if name not in some]
+    covered = covered if complete else []
+    grid = sums.reindex(pd.MultiIndex.from_product([complete, covered], names=KEY))
+    success, partial, n = (
+        grid[name].to_numpy(float).reshape(len(complete), len(covered)) for name in ("success", "partial", "n")
+    )
+    return Reality(complete, covered, success / n, n, partial / n, left_out)
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
 def _read(file: str | Path, needed: Sequence[str], columns: str) -> pd.DataFrame:
-    """The rows of a CSV with policies and tasks as text, each pair once."""
+    """The rows of a CSV with policies and tasks as text, each pair (or trial of it, where there is a `trial_id`) once."""
     import pandas as pd
 
     try:
@@ -98,9 +134,11 @@ def _read(file: str | Path, needed: Sequence[str], columns: str) -> pd.DataFrame
             line = int(table[column].isna().to_numpy().argmax()) + 2  # after the header
             raise UserError(f"{file}: line {line} names no {column}; fill it in")
     table[KEY] = table[KEY].astype(str)
-    if table.duplicated(KEY).any():
-        row = table[table.duplicated(KEY)].iloc[0]
-        raise UserError(f"{file}: {row.policy}, {row.task} appears twice; give one row per policy and task")
+    unique = [*KEY, "trial_id"] if "trial_id" in table else KEY
+    if table.duplicated(unique).any():
+        row = table[table.duplicated(unique)].iloc[0]
+        shown = ", ".join(str(row[name]) for name in unique)
+        raise UserError(f"{file}: {shown} appears twice; give one row per {' and '.join(unique)}")
     return table
 
 

@@ -253,7 +253,8 @@ def add_groups(ranking: pd.DataFrame, comparisons: pd.DataFrame) -> pd.DataFrame
         ranking[f"group_{side}"] = None
         if len(rows):
             different = list(rows.loc[rows["different"], ["policy_a", "policy_b"]].itertuples(index=False, name=None))
-            names = ranking.sort_values([f"rank_{side}", "policy"], kind="stable")["policy"].tolist()
+            compared = ranking[ranking["policy"].isin({*rows["policy_a"], *rows["policy_b"]})]
+            names = compared.sort_values([f"rank_{side}", "policy"], kind="stable")["policy"].tolist()
             ranking[f"group_{side}"] = ranking["policy"].map(letters(names, different))
     return ranking
 

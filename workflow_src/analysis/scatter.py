@@ -29,6 +29,7 @@ def scatter(ranking: pd.DataFrame, per_task: pd.DataFrame, agreement: pd.DataFra
     figure, axes = plt.subplots(figsize=(6.8, 6.7), layout="constrained")
     if not has_both(ranking):
         return nothing(axes)
+    ranking, per_task = (table.dropna(subset=["success_real"]) for table in (ranking, per_task))
     _equality(axes)
     _cells(axes, ranking, per_task)
     families = sorted(set(ranking["family"]), key=list(FAMILIES).index)
@@ -121,6 +122,7 @@ def reliability(ranking: pd.DataFrame, per_task: pd.DataFrame, agreement: pd.Dat
     figure, axes = plt.subplots(figsize=(6.4, 6.2), layout="constrained")
     if not has_both(per_task):
         return nothing(axes)
+    per_task = per_task.dropna(subset=["success_real"])
     imagined, real, n_imagined, n_real = (
         per_task[name].to_numpy(float) for name in ("success_imagined", "success_real", "n_imagined", "n_real")
     )

@@ -36,7 +36,7 @@ def ranking_lines(rows: list[dict[str, str]]) -> list[str]:
     for row in rows:
         bar = "█" * round(float(row["success_imagined"]) * BAR)
         line = f"  {row['rank_imagined']:>4}  {row['policy']:<{width}}  {bar:·<{BAR}} {_rate(row, 'imagined')}"
-        lines.append(line + (f"  {_rate(row, 'real')}  {row['rank_real']:>4}" if real else ""))
+        lines.append(line + (f"  {_rate(row, 'real')}  {row['rank_real']:>4}" if row["success_real"] else ""))
     lines.append(f"  n = {rows[0]['n_imagined']} rollouts per policy; Wilson intervals; judge: {rows[0]['judge']}; "
                  f"corrected success: {rows[0]['corrected_note'] or 'see the table'}")  # fmt: skip
     return lines
@@ -102,7 +102,7 @@ def stage_seconds(folder: Path) -> dict[str, tuple[float, int]]:
     files = sorted((f for f in folder.rglob("*") if f.suffix in (".jsonl", ".tsv")), key=lambda f: f.stat().st_mtime)
     stages: dict[str, tuple[float, int]] = {}
     for file in files:
-        seconds = _seconds(file)
+        seconds = benchmark_seconds(file)
         if not math.isnan(seconds):
             rule = file.relative_to(folder).parts[0].removesuffix(file.suffix)
             total, jobs = stages.get(rule, (0.0, 0))
@@ -110,7 +110,7 @@ def stage_seconds(folder: Path) -> dict[str, tuple[float, int]]:
     return stages
 
 
-def _seconds(file: Path) -> float:
+def benchmark_seconds(file: Path) -> float:
     """Wall seconds of the last repetition in a benchmark file; NaN for one that was cut off."""
     text = file.read_text(encoding="utf-8").strip()
     try:

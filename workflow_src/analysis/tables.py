@@ -29,6 +29,7 @@ from workflow_src.common.config import load_stage
 from workflow_src.common.errors import UserError, run_cli
 from workflow_src.common.files import atomic_path
 from workflow_src.common.process import die_with_parent
+from workflow_src.common.progress import say
 from workflow_src.common.sections import Policy
 
 if TYPE_CHECKING:
@@ -98,7 +99,10 @@ def _members(found: Outcomes) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Study:
-    """One run's judgements as arrays. `real` is None without real results, `truth` also where a CSV gives them."""
+    """One run's judgements as arrays. `real` is None without real results, `truth` also where a CSV gives them.
+
+    `real` covers `real_policies` and `real_tasks`: all, where the lab is reality. `reality` is what a CSV said.
+    """
 
     stage: Any
     judgements: pd.DataFrame
@@ -108,6 +112,9 @@ class Study:
     state: Outcomes | None
     truth: Outcomes | None
     real: Rates | None
+    real_policies: list[str]
+    real_tasks: list[str]
+    reality: cells.Reality | None = None
 
     @property
     def confidence(self) -> float:
@@ -129,14 +136,16 @@ def open_study(stage: Any, judgements: pd.DataFrame) -> Study:
     def read(world: str, judge: str) -> Outcomes | None:
         return records.outcomes(judgements, world, judge, policies, tasks) if (world, judge) in has else None
 
+    imagined, state = read(IMAGINED, stage.judges.primary), read(IMAGINED, CROSS_CHECK)
     truth = read(LAB, TRUTH)
-    if stage.reality:
-        rate, n = cells.load_reality(stage.reality, policies, tasks)
-        real, truth = Rates(rate, n, n), None
-    else:
+    if not stage.reality:
         real = rates_of(truth) if truth is not None else None
-    imagined = read(IMAGINED, stage.judges.primary)
-    return Study(stage, judgements, policies, tasks, imagined, read(IMAGINED, CROSS_CHECK), truth, real)
+        return Study(stage, judgements, policies, tasks, imagined, state, truth, real, policies, tasks)
+    found = cells.load_reality(stage.reality, policies, tasks, stage.reality_names)
+    for line in found.left_out:
+        say(line)
+    real = Rates(found.rate, found.n, found.n) if found.policies else None
+    return Study(stage, judgements, policies, tasks, imagined, state, None, real, found.policies, found.tasks, found)
 
 
 # ---- ranking and per task -------------------------------------------------------------------------------------------
@@ -161,16 +170,21 @@ def ranking(study: Study) -> pd.DataFrame:
     right = correction.correct_policies(labels, study.policies, imagined.rate.mean(1), size, study.confidence)
     table = table.join(right.drop(columns="policy"))
     for side, rates in (("imagined", imagined), ("real", study.real)):
-        _add_rates(table, side, rates, study.confidence)
+        whose = study.policies if side == "imagined" else study.real_policies
+        _add_rates(table, side, rates, study.confidence, whose)
         judge = study.stage.judges.primary if side == "imagined" else TRUTH
         known = side == "imagined" or study.truth is not None
         for name, column in (("partial", "partial"), ("success_ever", "success_ever")):
             table[f"{name}_{side}"] = _means(study, judge, side, column) if known else np.nan
+    if study.reality is not None and study.real_policies:
+        partial = dict(zip(study.real_policies, study.reality.partial.mean(1)))
+        table["partial_real"] = table["policy"].map(partial).astype(float)
     table = table.sort_values(["rank_imagined", "policy"], kind="stable", ignore_index=True)
     return table[RANKING_COLUMNS]
 
 
-def _add_rates(table: pd.DataFrame, side: str, rates: Rates | None, confidence: float) -> None:
+def _add_rates(table: pd.DataFrame, side: str, rates: Rates | None, confidence: float, policies: Sequence[str]) -> None:
+    """Add the columns of one side; nothing for those that are not among its `policies`."""
     import pandas as pd
 
     names = [f"rank_{side}", f"success_{side}", f"success_{side}_low", f"success_{side}_high", f"n_{side}"]
@@ -179,7 +193,11 @@ def _add_rates(table: pd.DataFrame, side: str, rates: Rates | None, confidence: 
         return
     rate, low, high = rates.means(confidence)
     for name, values in zip(names, (st.competition_ranks(rate), rate, low, high, rates.n.sum(1).astype(int))):
-        table[name] = values
+        if list(policies) == table["policy"].tolist():
+            table[name] = values
+        else:
+            whole = pd.Series(values, index=list(policies)).reindex(table["policy"])
+            table[name] = whole.astype("Int64" if values.dtype.kind == "i" else float).to_numpy()
 
 
 def _means(study: Study, judge: str, side: str, column: str) -> np.ndarray:
@@ -207,11 +225,19 @@ def per_task(study: Study) -> pd.DataFrame:
     table = pd.DataFrame({"policy": np.array(study.policies)[p], "task": np.array(study.tasks)[k]})
     table["family"] = [family(study.stage.policies[name]) for name in table["policy"]]
     for side, rates in (("imagined", rates_of(study.imagined)), ("real", study.real)):
-        low, high = rates.intervals(study.confidence) if rates else (None, None)
-        values = (rates.rate, low, high, rates.n.astype(int)) if rates else ([pd.NA],) * 4
         names = (f"success_{side}", f"success_{side}_low", f"success_{side}_high", f"n_{side}")
-        for name, value in zip(names, values):
-            table[name] = np.ravel(value) if rates else pd.NA
+        if rates is None:
+            table[list(names)] = pd.NA
+            continue
+        whose = (study.policies, study.tasks) if side == "imagined" else (study.real_policies, study.real_tasks)
+        low, high = rates.intervals(study.confidence)
+        for name, value in zip(names, (rates.rate, low, high, rates.n.astype(int))):
+            grid = pd.DataFrame(value, *map(list, whose))
+            if grid.shape != shape:
+                grid = grid.astype("Int64" if value.dtype.kind == "i" else float).reindex(
+                    study.policies, columns=study.tasks
+                )
+            table[name] = grid.to_numpy().ravel()
     table["success_imagined_state"] = np.nan if study.state is None else rates_of(study.state).rate.ravel()
     return table
 
@@ -251,13 +277,24 @@ def _on_same_frames(study: Study, found: Outcomes, weights: np.ndarray) -> Paire
 
 def _against_a_csv(study: Study, found: Outcomes) -> Paired:
     rates, generator = rates_of(found), seeds.rng(study.stage.seed, "posterior")
+    block = np.ix_(*(
+        [every.index(name) for name in some]
+        for every, some in ((study.policies, study.real_policies), (study.tasks, study.real_tasks))
+    ))  # fmt: skip
     return resampling.from_cells(
-        study.policies, study.tasks, rates.rate, study.real.rate, rates.size, study.real.n, generator
+        study.real_policies,
+        study.real_tasks,
+        rates.rate[block],
+        study.real.rate,
+        rates.size[block],
+        study.real.n,
+        generator,
     )
 
 
 def _scopes(study: Study, paired: Callable[[Outcomes], Paired], generator: np.random.Generator) -> list[dict[str, Any]]:
-    whole, trained = paired(study.imagined), study.trained()
+    whole = paired(study.imagined)
+    trained = [name for name in study.trained() if name in study.real_policies]
     rows = agreement.policy_rows(whole, "all policies", study.confidence, generator)
     if len(trained) > 1:
         rows += agreement.policy_rows(whole.only(trained), "trained policies", study.confidence, generator)
@@ -276,7 +313,7 @@ def comparison_table(study: Study) -> pd.DataFrame:
     if study.truth is not None:
         rows += comparisons.paired_rows(study.truth, study.policies, "real", study.confidence)
     elif study.real is not None:
-        rows += comparisons.unpaired_rows(study.real.rate, study.real.n, study.policies, "real", study.confidence)
+        rows += comparisons.unpaired_rows(study.real.rate, study.real.n, study.real_policies, "real", study.confidence)
     return comparisons.comparison_table(rows)
 
 

@@ -52,6 +52,9 @@ class Recorded:
     registry: str = ""  # file of more of them, like that one
     copies: dict[str, str] = field(default_factory=dict)  # name → folder of a copy that is here: nothing is fetched
     groups: int = 8  # jobs that convert one data set
+    stream: bool = False  # convert from the network, shard by shard, and keep no copy of what the authors publish
+    # RLDS is read without TensorFlow. With it instead: `tfds` (envs/tfds.yaml), or the path of a Python interpreter.
+    tensorflow: str = ""
     max_rejected: float = 0.02  # share of damaged episodes that is tolerated
 
 
@@ -218,6 +221,27 @@ class BehaviourCloning:
 
 
 @dataclass(frozen=True)
+class Foreign:
+    """How a server of openpi's protocol that has never heard of this project is spoken to. Without `cameras`: as ours are."""
+
+    cameras: tuple[str, ...] = ()  # keys of the images it wants; a rollout shows one
+    image_size: int = 0  # pixels, square, bilinear with black bars as openpi's client resizes; 0: as it is
+    prompt: str = "prompt"  # key of the instruction
+    state: str = ""  # key of the robot's state, reckoned from a trial's `initial_state`; empty: it wants none
+    # Of x, y, z (m), roll, pitch, yaw (rad), opening, closedness (0 to 1), zero.
+    state_layout: tuple[str, ...] = ("x", "y", "z", "roll", "pitch", "yaw", "opening")
+    actions: Literal["delta", "absolute", "joint"] = "delta"  # displacement per step, or pose; joints are refused
+    layout: tuple[str, ...] = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")  # of an action; "_" is not looked at
+    translation_unit: float = 1.0  # metres that a 1 stands for
+    rotation_unit: float = 1.0  # radians
+    gripper_open: float = 1.0  # what it answers to open the gripper
+    gripper_closed: float = 0.0
+    control_rate: float = 0.0  # Hz that it was trained at
+    execution: Literal["all", "first"] = "all"  # of a chunk of actions
+    sampling: bool = False  # it draws noise, which nobody can seed
+
+
+@dataclass(frozen=True)
 class Policy:
     """One policy to rank."""
 
@@ -233,8 +257,10 @@ class Policy:
     offline: bool = False  # load from disk alone
     execution: Literal["", "first", "all", "ensemble"] = ""  # what is done of a chunk of actions; empty: as published
     files: dict[str, str] = field(default_factory=dict)  # further files of an adapter: name → path
-    env: str = "tabletop"  # conda environment envs/<env>.yaml, or path of a Python interpreter
+    # Conda environment: envs/<env>.yaml; conda:<name> of one that exists; its folder; or path of a Python interpreter.
+    env: str = "tabletop"
     endpoint: str = ""  # ws://host:port of a server that is already running, instead of adapter and env
+    foreign: Foreign = field(default_factory=Foreign)  # what that server calls things, and in which units it answers
     revision: str = ""  # what that server serves, required with `endpoint`; of a checkpoint: see above
     token_env: str = ""  # environment variable that holds its token
     allow_plaintext: bool = False  # permit ws:// to another machine
@@ -242,10 +268,15 @@ class Policy:
 
 @dataclass(frozen=True)
 class Trials:
-    """The first frames and instructions every policy is tried on, in both worlds."""
+    """The first frames and instructions every policy is tried on, in both worlds; drawn from the lab unless said otherwise."""
 
-    per_task: int = 34
-    root: str = ""  # folder of <task>/<name>.png + .json; empty: drawn from the lab
+    per_task: int = 34  # drawn from the lab, or from `store`
+    root: str = ""  # folder of <task>/<name>.png (or .jpg) + .json; of a suite's tasks the pictures alone
+    suites: tuple[str, ...] = ()  # names in config/trials, or paths of such files: tasks with instruction and rubric
+    # Folder of episodes, with `episodes.parquet`: first frames of each task; with suites, stand-ins for frames that they lack.
+    store: str = ""
+    # How a picture gets the world model's size: `stretch` distorts, as the converters of BridgeData V2 do.
+    fit: Literal["as_is", "letterbox", "crop", "stretch"] = "as_is"
 
 
 @dataclass(frozen=True)
@@ -347,6 +378,9 @@ class Config:
 
     seed: int = 0  # every other seed derives from it
     results: str = "results"
+    dataset: str = (
+        "all"  # recorded data that the target `recorded_data` makes: a registered set, or all of world_model.data
+    )
     lab: Lab = field(default_factory=Lab)
     episodes: Episodes = field(default_factory=Episodes)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
@@ -362,3 +396,4 @@ class Config:
     # Folder on a machine's own disk, e.g. $SLURM_TMPDIR or /scratch: a world model's training reads its data from a copy there.
     local_cache: str = ""
     reality: str = ""  # CSV of real results (policy, task, success, n, source); empty: the lab is reality
+    reality_names: dict[str, str] = field(default_factory=dict)  # name in that CSV → policy or task here

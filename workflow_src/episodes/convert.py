@@ -1,4 +1,4 @@
-"""Convert one group of a registered data set's shards (RLDS, LeRobot) into episodes of a store.
+"""Convert one group of a registered data set's shards (RLDS, LeRobot, WorldGym) into episodes of a store.
 
 Episode `index` is the number of its record within the split, so it depends on nothing but the data. Episodes go to
 `<folder>/<split>/`, the result of the group to `<folder>/groups/<i>-of-<n>.json`, last; `merge` makes the stores' tables of
@@ -63,10 +63,13 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="name in the registry")
     parser.add_argument("--registry", default=str(REGISTRY), help="file of data sets (default: config/datasets.yaml)")
     parser.add_argument(
-        "--source", type=Path, required=True, help="RLDS folder (dataset_info.json) or LeRobot's (meta/)"
+        "--source", required=True, help="folder of RLDS, LeRobot or WorldGym; or an address, read shard by shard"
     )
     parser.add_argument("--shard-group", default="1/1", help="which part of the shards: 1/8 to 8/8")
     parser.add_argument("--size", type=int, default=256, help="rows and columns of the frames, even")
+    parser.add_argument(
+        "--reader", choices=("own", "tensorflow"), default="own", help="of RLDS; tensorflow needs envs/tfds.yaml"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the group's result; episodes go to ../<split>/")
     arguments = parser.parse_args()
     die_with_parent()
@@ -74,7 +77,10 @@ def main() -> None:
     group = _read_group(arguments.shard_group)
     if arguments.size < 2 or arguments.size % 2:
         raise UserError(f"--size: {arguments.size} is not an even number of pixels; H.264 needs one")
-    convert(arguments.dataset, entry, open_source(arguments.source), group, arguments.size, arguments.out)
+    folder = arguments.out.with_suffix(".stream")
+    source = open_source(arguments.source, folder, arguments.reader == "tensorflow")
+    convert(arguments.dataset, entry, source, group, arguments.size, arguments.out)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def convert(name: str, entry: Dataset, source: Source, group: tuple[int, int], size: int, out: Path) -> None:
@@ -111,7 +117,7 @@ def _convert_shard(job: Job, source: Source, shard: Shard, root: Path, progress:
         place = {"index": index, "split": split, "file": shard.path.name, "record": steps.record}
         try:
             frames, arrays, texts = convert_episode(steps, job)
-            if not texts:
+            if not texts and entry.instruction:
                 raise ValueError("has no instruction")
         except ValueError as error:
             damaged = str(error) != "has no instruction" or not entry.unlabelled
@@ -121,7 +127,7 @@ def _convert_shard(job: Job, source: Source, shard: Shard, root: Path, progress:
             write_if_changed(root / split / JOURNAL, json.dumps({"conversion": job.name}) + "\n")
             hashes = write_episode(root / split, index, frames, arrays, entry.control_hz, lossless=False)
             episodes.append({
-                **place, "frames": len(frames), "instruction": texts[0], "task": "", "behaviour": "",
+                **place, "frames": len(frames), "instruction": (texts or [""])[0], "task": "", "behaviour": "",
                 "control_hz": entry.control_hz, "embodiment": entry.embodiment, "action_semantics": "commanded",
                 "source": f"{job.name} {entry.version}", "seed": 0, "success": None, "instructions": texts, **hashes,
             })  # fmt: skip
@@ -209,7 +215,9 @@ def _check_splits(name: str, entry: Dataset, shards: list[Shard], root: Path) ->
 
 
 def _item(shard: Shard) -> str:
-    """Names a shard as it is: with another file in its place it is another item."""
+    """Names a shard as it is: with another file in its place it is another item. Elsewhere, a version's files stay."""
+    if shard.size:
+        return f"{shard.split} {shard.first} {shard.path.name}"
     changed = [path.stat().st_mtime_ns for path in (shard.path, *shard.beside) if path.is_file()]
     return f"{shard.split} {shard.first} {shard.path.name} {shard.bytes} {max(changed, default='missing')}"
 

@@ -52,14 +52,21 @@ def download(name: str, entry: Dataset, folder: Path, jobs: int = 4, tries: int 
     if not entry.address:
         raise UserError(f"{name}.address: is empty, so there is nothing to fetch; {_by_hand(name, folder)}")
 
-    def bring(file: str) -> str:
+    def bring(file: str, sha256: str = "") -> str:
         try:
-            return fetch(f"{entry.address}/{file}", folder / file, tries=tries, pause=pause)
+            return fetch(f"{entry.address}/{file}", folder / file, sha256, tries=tries, pause=pause)
         except UserError as error:
             size = f"{entry.bytes / 1e9:.1f} GB" if entry.bytes else "of unknown size"
             raise UserError(f"{name} ({size}) cannot be fetched from {shown(entry.address)}: {error}; without network, "
                             f"{_by_hand(name, folder)}") from None  # fmt: skip
 
+    if entry.files:
+        for file, sha256 in entry.files.items():
+            bring(file, sha256)
+        files = {
+            file: {"sha256": sha256, "bytes": (folder / file).stat().st_size} for file, sha256 in entry.files.items()
+        }
+        return _finish(name, entry, folder, files)
     for file in DESCRIPTIONS:  # of one version they do not change
         if not (folder / file).is_file():
             bring(file)
@@ -95,7 +102,10 @@ def download(name: str, entry: Dataset, folder: Path, jobs: int = 4, tries: int 
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    files = {file: journal.done[file] for file in shards}
+    return _finish(name, entry, folder, {file: journal.done[file] for file in shards})
+
+
+def _finish(name: str, entry: Dataset, folder: Path, files: dict[str, dict]) -> None:
     write_json(folder / DONE, {"dataset": name, "address": entry.address, "version": entry.version,
                                "licence": entry.licence, "files": files})  # fmt: skip
 
@@ -125,7 +135,7 @@ def _check_room(name: str, rlds: Rlds, shards: dict[str, Shard], missing: dict[s
 
 def _by_hand(name: str, folder: Path) -> str:
     return (
-        f"put a copy of its folder (dataset_info.json, features.json, *.tfrecord-*) anywhere and name it as "
+        f"put a copy of its folder as its authors publish it anywhere and name it as "
         f"episodes.recorded.copies.{name}, or finish {folder}"
     )
 

@@ -24,14 +24,17 @@ REGISTRY = Path(__file__).resolve().parents[2] / "config" / "datasets.yaml"
 
 @dataclass(frozen=True)
 class Dataset:
-    """One recorded data set as its authors publish it: an RLDS directory."""
+    """One recorded data set as its authors publish it: an RLDS directory, or LeRobot's, or WorldGym's folders."""
 
     address: str = ""  # of its folder: http(s)://… or hf://datasets/owner/name@revision/…; empty: only copies of it
+    files: dict[str, str] = field(
+        default_factory=dict
+    )  # path → sha256, of sets that do not list their files themselves
     version: str = ""
     splits: dict[str, int] = field(default_factory=dict)  # as they are → episodes; 0: not known
     hold_out: int = 0  # every n-th episode of `train` becomes `validation`; 0: there is another split
     image: str = ""  # path of the camera's feature within a step, like all that follow
-    instruction: str = ""
+    instruction: str = ""  # empty: the set has none
     more_instructions: tuple[str, ...] = ()
     unlabelled: bool = False  # episodes without an instruction are usual: left out, but no sign of damage
     action: ActionMap = field(default_factory=ActionMap)
@@ -59,7 +62,7 @@ class Dataset:
 
     def instructions(self) -> list[str]:
         """Paths of a step's texts, the main one first."""
-        return [self.instruction, *self.more_instructions]
+        return [path for path in (self.instruction, *self.more_instructions) if path]
 
     def split_of(self, split: str, index: int) -> str:
         """The split that episode `index` of the recorded `split` is stored in."""
@@ -72,7 +75,7 @@ class Dataset:
         return sorted(names, key=lambda name: (name != "train", name))
 
 
-NEEDED = ("version", "splits", "image", "instruction", "control_hz", "embodiment", "licence", "licence_source")
+NEEDED = ("version", "splits", "image", "control_hz", "embodiment", "licence", "licence_source")
 
 
 def load_registry(path: str | Path = "") -> dict[str, Dataset]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,18 +24,22 @@ from workflow_src.episodes.tfrecord import read_records
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a split. Its episodes are numbered from `first` on within the split. `beside`: files that belong to it."""
+    """One file of a split. Its episodes are numbered from `first` on within the split. `beside`: files that belong to it.
+
+    `size`: its bytes, about, where it is fetched only to be read.
+    """
 
     split: str
     path: Path
     first: int
     episodes: int
     beside: tuple[Path, ...] = ()
+    size: int = 0
 
     @property
     def bytes(self) -> int:
-        """Size of what is there of it."""
-        return sum(path.stat().st_size for path in (self.path, *self.beside) if path.is_file())
+        """Size of what is there of it, or what is said to be."""
+        return self.size or sum(path.stat().st_size for path in (self.path, *self.beside) if path.is_file())
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Rlds:
         for name in ("dataset_info.json", "features.json"):
             if not (self.root / name).is_file():
                 raise UserError(f"{self.root / name}: missing; give the folder that holds it and the .tfrecord files")
-        self._info = _open(self.root)
+        self._builder = _open(self.root)
+        self._info = self._builder.info
         if self._info.file_format and self._info.file_format.value != "tfrecord":
             raise UserError(f"{self.root}: holds {self._info.file_format.value} files; only tfrecord is read")
 
@@ -102,7 +107,7 @@ class Rlds:
                 try:
                     yield Steps(record.number, record.end, *parser.parse(record.payload))
                 except Exception as error:  # protobuf, TFDS and numpy raise many kinds for damaged records
-                    yield Steps(record.number, record.end, {}, [], f"not an episode of this set ({_line(error)})")
+                    yield Steps(record.number, record.end, {}, [], f"not an episode of this set ({line(error)})")
         for record in range(count, shard.episodes):
             there = shard.path.is_file()
             yield Steps(record, shard.bytes, {}, [], "missing from its file" if there else "its file is missing")
@@ -122,7 +127,7 @@ def decode_image(data: bytes | np.ndarray, size: int) -> np.ndarray:
                 image = image.resize((size, size), Image.Resampling.LANCZOS)
             return np.asarray(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not a whole image ({_line(error)})") from error
+        raise ValueError(f"not a whole image ({line(error)})") from error
 
 
 class _Parser:
@@ -131,24 +136,35 @@ class _Parser:
     def __init__(self, features: Any, wanted: Sequence[str], image: str, root: Path) -> None:
         import tensorflow_datasets as tfds
 
-        steps = features["steps"].feature
-        self._there = [path for path in wanted if _has(steps, path)]
-        if image and image not in self._there:
-            raise UserError(f"{root / 'features.json'}: a step has no {image!r}; check the data set's image key")
+        self._there = there(features, wanted, image, root)
         self._image = image
-        tree = {path: _get(steps, path) for path in self._there}
+        tree = {path: get(features["steps"].feature, path) for path in self._there}
         if image:
             tree[image] = tfds.features.Text()  # bytes, which are decoded one at a time
         self._features = tfds.features.FeaturesDict({"steps": tfds.features.Dataset(_nest(tree))})
 
     def parse(self, payload: bytes) -> tuple[dict[str, Any], list[bytes]]:
-        steps = list(self._features.deserialize_example_np(payload)["steps"])
-        values = {path: [_get(step, path) for step in steps] for path in self._there}
-        images = values.pop(self._image, [])
-        text = {path for path, column in values.items() if column and isinstance(column[0], bytes)}
-        arrays = {path: [one.decode(errors="replace") for one in column] if path in text else np.array(column)
-                  for path, column in values.items()}  # fmt: skip
-        return arrays, images
+        return columns(self._features.deserialize_example_np(payload)["steps"], self._there, self._image)
+
+
+def there(features: Any, wanted: Sequence[str], image: str, root: Path) -> list[str]:
+    """Those of the paths `wanted` that a step of the set has. Raises UserError where the images are not among them."""
+    steps = features["steps"].feature
+    found = [path for path in wanted if _has(steps, path)]
+    if image and image not in found:
+        raise UserError(f"{root / 'features.json'}: a step has no {image!r}; check the data set's image key")
+    return found
+
+
+def columns(steps: Iterable[dict[str, Any]], paths: Sequence[str], image: str) -> tuple[dict[str, Any], list[bytes]]:
+    """An episode's steps as the `arrays` and `images` of `Steps`."""
+    steps = list(steps)
+    values = {path: [get(step, path) for step in steps] for path in paths}
+    images = values.pop(image, [])
+    text = {path for path, column in values.items() if column and isinstance(column[0], bytes)}
+    arrays = {path: [one.decode(errors="replace") for one in column] if path in text else np.array(column)
+              for path, column in values.items()}  # fmt: skip
+    return arrays, images
 
 
 @lru_cache(8)
@@ -157,9 +173,9 @@ def _open(root: Path) -> Any:
 
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        return tfds.builder_from_directory(str(root)).info
+        return tfds.builder_from_directory(str(root))
     except Exception as error:  # TFDS raises many kinds for what it cannot read
-        raise UserError(f"{root}: not a readable RLDS directory ({_line(error)})") from error
+        raise UserError(f"{root}: not a readable RLDS directory ({line(error)})") from error
 
 
 def _nest(leaves: dict[str, Any]) -> dict[str, Any]:
@@ -182,11 +198,13 @@ def _has(features: Any, path: str) -> bool:
     return True
 
 
-def _get(tree: Any, path: str) -> Any:
+def get(tree: Any, path: str) -> Any:
+    """What stands at `a/b` of a tree of mappings."""
     for name in path.split("/"):
         tree = tree[name]
     return tree
 
 
-def _line(error: BaseException) -> str:
+def line(error: BaseException) -> str:
+    """An exception as one short line."""
     return re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:160]

@@ -58,7 +58,9 @@ def load(name: str, policy: sections.Policy, networks: Path, lab: sections.Lab, 
 
 def _adapters() -> dict[str, str]:
     """Adapter → module, by a listing of this folder: nothing is imported."""
-    machinery = {"adapter", "client", "doctor", "images", "lifecycle", "pretrained", "serve", "server", "wire"}
+    machinery = {
+        "adapter", "client", "doctor", "foreign", "hosting", "images", "lifecycle", "pretrained", "serve", "server", "wire",
+    }  # fmt: skip
     found = {}
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if module.name not in machinery:

@@ -26,6 +26,7 @@ from workflow_src.common.errors import UserError
 from workflow_src.common.process import alive
 from workflow_src.common.progress import say
 from workflow_src.policies import wire
+from workflow_src.policies.foreign import Translator
 
 POLL = 0.2  # seconds between two looks at a server that is loading
 FILE_DEADLINE = 10.0  # seconds to wait for an endpoint file; a server writes it within one
@@ -46,13 +47,13 @@ class _Peer:
 
     def __init__(self, endpoint: str | Path, token: str | None, policy: str, allow_plaintext: bool):
         self.file = None if str(endpoint).startswith(("ws://", "wss://")) else Path(endpoint)
-        self.pid, self.log, self.devices = None, None, []
+        self.pid, self.log = None, None
         if self.file is None:
             self.url, self.token, self.policy = str(endpoint), token, policy or str(endpoint)
         else:
             content = _read_endpoint(self.file, policy)
             self.url, self.token = f"ws://{content['host']}:{content['port']}", token or content["token"]
-            self.pid, self.log, self.devices = content["pid"], content.get("log"), content.get("devices") or []
+            self.pid, self.log = content["pid"], content.get("log")
             self.policy = policy or content["policy"]
         parts = urllib.parse.urlsplit(self.url)
         self.loopback = is_loopback(parts.hostname or "")
@@ -60,6 +61,10 @@ class _Peer:
             raise UserError(
                 f"policy {self.policy}: {self.url} is another machine; use wss:// or set allow_plaintext: true"
             )
+
+    def devices(self) -> list[str]:
+        """Accelerators that its server was granted. It may have waited for them until it was ready."""
+        return [] if self.file is None else _read_endpoint(self.file, self.policy).get("devices") or []
 
     def gone(self) -> bool:
         return self.pid is not None and not alive(self.pid)
@@ -103,18 +108,20 @@ def connect(
     policy: str = "",
     step_timeout: float = 120.0,
     allow_plaintext: bool = False,
+    translator: Translator | None = None,
 ) -> PolicyClient:
     """Connects to the server at `endpoint` (endpoint file, or ws://…, wss://… URL) once it has loaded its policy.
 
     `deadline`: seconds the server may take to load; `step_timeout`: seconds for one answer; `token`: overrides the
-    endpoint file's; `policy`: name used in errors. Raises PolicyError: at once when the server's process is gone, with
-    the last lines of its log, or when the deadline is over or the token is refused.
+    endpoint file's; `policy`: name used in errors; `translator`: for a server that speaks otherwise. Raises PolicyError: at
+    once when the server's process is gone, with the last lines of its log, or when the deadline is over or the token is
+    refused.
     """
     peer = _Peer(endpoint, token, policy, allow_plaintext)
     end = time.monotonic() + deadline
     _wait_for_health(peer, end, deadline)
     connection = _open(peer, max(1.0, end - time.monotonic()))
-    return PolicyClient(connection, peer, step_timeout)
+    return PolicyClient(connection, peer, step_timeout, translator)
 
 
 def _wait_for_health(peer: _Peer, end: float, deadline: float) -> None:
@@ -175,14 +182,17 @@ def _open(peer: _Peer, timeout: float) -> ClientConnection:
 class PolicyClient:
     """One conversation with a policy server. Not for several threads."""
 
-    def __init__(self, connection: ClientConnection, peer: _Peer, step_timeout: float):
-        self._connection, self._peer, self._timeout = connection, peer, step_timeout
+    def __init__(
+        self, connection: ClientConnection, peer: _Peer, step_timeout: float, translator: Translator | None = None
+    ):
+        self._connection, self._peer, self._timeout, self._translator = connection, peer, step_timeout, translator
         # A stopped server does not read, so sending blocks once the buffers are full: that needs a deadline too.
         seconds = struct.pack("ll", int(step_timeout), int(step_timeout % 1 * 1e6))
         connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
-        self.metadata = wire.Metadata.from_wire(self._receive(time.monotonic()))
+        said = wire.Metadata.from_wire(self._receive(time.monotonic()))
+        self.metadata = translator.metadata(said) if translator else said
         self.metadata_digest: str = self.metadata.digest()
-        self.devices: list[str] = peer.devices  # accelerators the server was granted
+        self.devices: list[str] = peer.devices()  # accelerators the server was granted, for the rollouts as well
         if self.metadata.units != "metric":
             raise peer.error(f"its server speaks {self.metadata.units!r} actions; this one understands 'metric'")
 
@@ -216,6 +226,8 @@ class PolicyClient:
 
     def _ask_row(self, observation: dict[str, Any], row: int) -> dict[str, np.ndarray]:
         one = {key: value[row] for key, value in observation.items()}
+        if self._translator:
+            return self._checked(self._translated(one, row), 1, row)
         reply = self._ask(
             {key: int(value) if isinstance(value, np.integer) else value for key, value in one.items()}, row
         )
@@ -225,6 +237,13 @@ class PolicyClient:
         if "actions" in arrays and arrays["actions"].ndim == 2:  # one action instead of a chunk
             arrays = {key: value[:, None] for key, value in arrays.items()}
         return self._checked(arrays, 1, row)
+
+    def _translated(self, one: dict[str, Any], row: int) -> dict[str, np.ndarray]:
+        answer = self._ask(self._translator.observation(one), row)
+        try:
+            return {"actions": self._translator.actions(answer, one.get("pose"))[None]}
+        except wire.WireError as problem:
+            raise self._peer.error(str(problem), row) from None
 
     def _ask(self, message: dict[str, Any], row: int | None = None) -> dict:
         started = time.monotonic()

@@ -11,8 +11,6 @@ import contextlib
 import csv
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +26,11 @@ from workflow_src.common.config import check_name, load, load_stage, write_stage
 from workflow_src.common.errors import UserError, run_cli
 from workflow_src.common.files import atomic_path
 from workflow_src.common.process import die_with_parent
+from workflow_src.common.sections import Policy
 from workflow_src.common.seeds import rng
 from workflow_src.policies.client import PolicyClient, PolicyError, connect
+from workflow_src.policies.foreign import refusals, translator_of
+from workflow_src.policies.hosting import served
 
 EXAMPLES = """examples:
   python -m workflow_src.policies.doctor openvla --config config/worldgym.yaml --trials trials
@@ -58,12 +59,15 @@ class Patient:
     robot: embodiments.Embodiment
     frames: np.ndarray  # uint8 (N, H, W, 3)
     prompts: list[str]  # N instructions
+    pose: tuple[float, ...] = (0, 0, 0, 0, 0, 0, 1)  # where the gripper is, for a policy that is told
 
     def ask(self, frames: np.ndarray, prompts: list[str], episode: Any = 0, step: int = 0, seed: Any = 1) -> np.ndarray:
         """Actions float32 (N, K, 7)."""
         rows = len(frames)
         numbers = {"episode": episode, "step": step, "seed": seed}
         observation = {name: np.broadcast_to(np.int64(value), rows).copy() for name, value in numbers.items()}
+        if self.client.metadata.extra.get("needs_pose"):
+            observation["pose"] = np.tile(np.array(self.pose, float), (rows, 1))
         return self.client.infer({"image": frames, "prompt": prompts, **observation})["actions"]
 
     def look(self, **numbers: Any) -> np.ndarray:
@@ -215,11 +219,17 @@ CHECKS = (
     metadata, answer, image, instruction, same_seed, other_seed, batch, episodes, range_of_actions, gripper, conversion,
     speed,
 )  # fmt: skip
+REPEATED = (same_seed, other_seed, batch, episodes)  # these compare answers to one question
 
 
 def examine(patient: Patient) -> Iterator[Finding]:
     """All findings, as they are made. An answer that is none fails its check; a dead server ends the examination."""
+    said = patient.client.metadata.extra
+    noisy = said.get("sampling") and said.get("seeded") is False
     for check in CHECKS:
+        if noisy and check in REPEATED:
+            yield Finding(check.__name__, None, "draws noise that cannot be seeded")
+            continue
         try:
             passed, said = check(patient)
         except PolicyError as problem:
@@ -229,6 +239,15 @@ def examine(patient: Patient) -> Iterator[Finding]:
 
 
 # ---- what is shown --------------------------------------------------------------------------------------------------
+
+
+def known_states(trials: Path | None) -> list[tuple[str, list[float] | None]]:
+    """Name and `initial_state` of every trial; none where noise is shown."""
+    root = trials and (trials.parent if trials.suffix == ".json" else trials)
+    return [
+        (f"{path.parent.name}/{path.stem}", json.loads(path.read_text(encoding="utf-8")).get("initial_state"))
+        for path in (sorted(root.glob("*/*.json")) if root else [])
+    ]
 
 
 def fixtures(trials: Path | None, size: int) -> tuple[np.ndarray, list[str]]:
@@ -247,21 +266,13 @@ def fixtures(trials: Path | None, size: int) -> tuple[np.ndarray, list[str]]:
 
 
 @contextlib.contextmanager
-def served(options: argparse.Namespace) -> Iterator[Path]:
+def serving(options: argparse.Namespace) -> Iterator[Path]:
     """Endpoint file of the policy `options.policy`, served by this very Python as long as the context lasts."""
-    with tempfile.TemporaryDirectory() as folder:
-        endpoint = Path(folder) / "endpoint.json"
-        command = [
-            sys.executable, "-m", "workflow_src.policies.serve", "--config", str(stage_file(options, Path(folder))),
-            "--policy", options.policy, "--networks", str(options.networks), "--endpoint-file", str(endpoint),
-            "--log", str(options.log or Path(folder) / "log"),
-        ]  # fmt: skip
-        server = subprocess.Popen(command)
-        try:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config, log = stage_file(options, folder), options.log or folder / "log"
+        with served(config, options.policy, options.networks, folder / "endpoint.json", log) as endpoint:
             yield endpoint
-        finally:
-            server.terminate()
-            server.wait()
 
 
 def stage_file(options: argparse.Namespace, folder: Path) -> Path:
@@ -311,6 +322,10 @@ def write_table(path: Path, findings: list[Finding]) -> None:
         writer.writerows([one.check, outcome(one), one.said] for one in findings)
 
 
+def show(finding: Finding) -> None:
+    print(f"{finding.check.replace('_', ' '):18}{outcome(finding):12}{finding.said}", flush=True)
+
+
 def outcome(finding: Finding) -> str:
     return {True: "passed", False: "failed", None: "not judged"}[finding.passed]
 
@@ -319,22 +334,26 @@ def main() -> None:
     """Entry point."""
     options = arguments()
     die_with_parent()
-    lab = None
-    if options.config:
-        lab = (load_stage if options.config.suffix == ".json" else load)(options.config).lab
-    robot = embodiments.get(options.embodiment or (lab.embodiment if lab else "widowx"))
-    frames, prompts = fixtures(options.trials, options.image_size or (lab.image_size if lab else 256))
-    with contextlib.ExitStack() as stack:
-        endpoint = options.endpoint or stack.enter_context(served(options))
-        token = os.environ.get(options.token_env) if options.token_env else None
-        plain = options.allow_plaintext
-        client = stack.enter_context(
-            connect(endpoint, options.deadline, token, policy=options.policy, allow_plaintext=plain)
-        )
-        findings = []
-        for finding in examine(Patient(client, robot, frames, prompts)):
-            findings.append(finding)
-            print(f"{finding.check.replace('_', ' '):18}{outcome(finding):12}{finding.said}", flush=True)
+    known = (load_stage if options.config.suffix == ".json" else load)(options.config) if options.config else None
+    robot = embodiments.get(options.embodiment or (known.lab.embodiment if known else "widowx"))
+    frames, prompts = fixtures(options.trials, options.image_size or (known.lab.image_size if known else 256))
+    policy = known.policies.get(options.policy, Policy()) if known else Policy()
+    states = known_states(options.trials)
+    findings = [Finding("mapping", False, line) for line in refusals(policy.foreign, states)]
+    for finding in findings:
+        show(finding)
+    if not findings:
+        with contextlib.ExitStack() as stack:
+            endpoint = options.endpoint or stack.enter_context(serving(options))
+            token = os.environ.get(options.token_env) if options.token_env else None
+            client = stack.enter_context(connect(
+                endpoint, options.deadline, token, policy=options.policy, allow_plaintext=options.allow_plaintext,
+                translator=translator_of(policy),
+            ))  # fmt: skip
+            pose = {"pose": tuple(states[0][1])} if states and client.metadata.extra.get("needs_pose") else {}
+            for finding in examine(Patient(client, robot, frames, prompts, **pose)):
+                findings.append(finding)
+                show(finding)
     if options.out:
         write_table(options.out, findings)
     if failed := [finding.check for finding in findings if finding.passed is False]:

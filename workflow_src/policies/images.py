@@ -27,6 +27,17 @@ def jpeg(image: np.ndarray) -> np.ndarray:
     return np.asarray(Image.open(buffer))
 
 
+def pad(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (size, size, 3): bilinear with antialiasing, black bars beside it, as `openpi_client.image_tools` does."""
+    height, width = image.shape[:2]
+    ratio = max(height, width) / size
+    inner = int(width / ratio), int(height / ratio)
+    square = Image.new("RGB", (size, size))
+    resized = Image.fromarray(image).resize(inner, Image.Resampling.BILINEAR)
+    square.paste(resized, (max(0, (size - inner[0]) // 2), max(0, (size - inner[1]) // 2)))
+    return np.asarray(square)
+
+
 def bilinear(image: np.ndarray, size: int) -> np.ndarray:
     """Resized to float32 (size, size, 3), 0 to 255, bilinear without antialiasing, as `tf.image.resize`'s default."""
     rows, columns = (_bilinear_weights(length, size) for length in image.shape[:2])

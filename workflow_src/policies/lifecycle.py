@@ -6,6 +6,7 @@ Standard library only: the endpoint file must exist before any framework is impo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import secrets
@@ -13,7 +14,7 @@ import select
 import signal
 import socket
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from workflow_src.common.errors import UserError
@@ -32,16 +33,22 @@ class Endpoint:
     port: int
     token: str
     pid: int
-    devices: list[str]  # ids of the accelerators it was granted
+    devices: list[str]  # ids of the accelerators it was granted, for policy and world model; final once it is ready
     policy: str
-    log: str  # absolute path
+    log: str  # absolute path; empty: the terminal it was started in
 
     def write(self, path: Path) -> None:
         """Writes the file atomically, readable by its owner alone because of the token."""
         with atomic_path(path) as temporary:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
-                json.dump(asdict(self), handle)
+                json.dump(dataclasses.asdict(self), handle)
+
+    def grant(self, path: Path, devices: list[str]) -> None:
+        """Says in the file what `devices` server and rollouts work on. The server sees all but the last of several."""
+        if len(devices) > 1:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices[:-1])
+        dataclasses.replace(self, devices=devices).write(path)
 
     def remove(self, path: Path) -> None:
         """Removes the file unless a newer server has written its own there."""
@@ -52,7 +59,7 @@ class Endpoint:
             pass
 
 
-def bind(host: str, port: int, policy: str, log: Path) -> tuple[socket.socket, Endpoint]:
+def bind(host: str, port: int, policy: str, log: Path | None) -> tuple[socket.socket, Endpoint]:
     """A listening socket (port 0: any free one) and the endpoint that describes it, with a fresh token."""
     try:
         listener = socket.create_server((host, port))
@@ -62,15 +69,8 @@ def bind(host: str, port: int, policy: str, log: Path) -> tuple[socket.socket, E
         ) from None
     devices = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
     address = listener.getsockname()
-    return listener, Endpoint(
-        host, address[1], secrets.token_hex(16), os.getpid(), devices, policy, str(log.absolute())
-    )
-
-
-def leave_last(devices: list[str]) -> None:
-    """Of several accelerators, leave the last one to the world model of the rollouts. Call before any framework is imported."""
-    if len(devices) > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices[:-1])
+    where = str(log.absolute()) if log else ""
+    return listener, Endpoint(host, address[1], secrets.token_hex(16), os.getpid(), devices, policy, where)
 
 
 def redirect_output(log: Path) -> None:

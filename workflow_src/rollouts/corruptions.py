@@ -112,7 +112,7 @@ class Replay:
     """Plays given actions: what the loop needs of a policy. `actions`: episode number → `(T, 7)`."""
 
     def __init__(self, name: str, actions: dict[int, np.ndarray]):
-        self.metadata, self.actions = SimpleNamespace(name=name, execution="all"), actions
+        self.metadata, self.actions = SimpleNamespace(name=name, execution="all", extra={}), actions
 
     def infer(self, observation: dict[str, Any]) -> dict[str, np.ndarray]:
         """All actions at once, so that it is asked only before the first step."""

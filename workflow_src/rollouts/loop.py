@@ -16,6 +16,7 @@ import numpy as np
 
 from workflow_src.common.errors import UserError
 from workflow_src.common.seeds import derive
+from workflow_src.embodiments import dead_reckon
 from workflow_src.rollouts.trials import Trial
 
 ACTION = 7  # dx, dy, dz (m), droll, dpitch, dyaw (rad), gripper_open [0, 1]
@@ -24,10 +25,13 @@ ACTION = 7  # dx, dy, dz (m), droll, dpitch, dyaw (rad), gripper_open [0, 1]
 class Client(Protocol):
     """What the loop needs of a policy: `policies.client.PolicyClient`."""
 
-    metadata: Any  # with `.name`, `.execution`, `.ensemble`: `policies.wire.Metadata`
+    metadata: Any  # with `.name`, `.execution`, `.ensemble`, `.extra`: `policies.wire.Metadata`
 
     def infer(self, observation: dict[str, Any]) -> dict[str, np.ndarray]:
-        """N rows of `image`, `prompt`, `episode`, `step`, `seed` → checked `actions` (N, K, 7), maybe `base`, `terminate`."""
+        """N rows of `image`, `prompt`, `episode`, `step`, `seed`, maybe `pose` (N, 7).
+
+        Returns checked `actions` (N, K, 7), maybe `base`, `terminate`.
+        """
         ...
 
 
@@ -94,6 +98,9 @@ class _Batch:
         self.steps = np.zeros(len(items), int)
         self.terminated = np.zeros(len(items), bool)
         self.actions = np.zeros((horizon, env.num_envs, *env.single_action_space.shape), np.float32)
+        # Reckoned: worlds of images do not say where the gripper is.
+        reckoned = client.metadata.extra.get("needs_pose")
+        self.poses = np.array([item.trial.initial_state for item in items], float) if reckoned else None
         self.frames: list[np.ndarray] = []
         self.truth: dict[str, list[np.ndarray]] = {"state": [], "success": [], "partial": []}
 
@@ -131,6 +138,8 @@ class _Batch:
             "step": np.full(len(rows), step, np.int64),
             "seed": np.array([item.seed for item in items], np.int64),
         }
+        if self.poses is not None:
+            observation["pose"] = self.poses[rows]
         try:
             reply = self.client.infer(observation)
         except UserError as error:
@@ -171,6 +180,8 @@ class _Batch:
             self.steps[row] = step + 1
             # The action that carries `terminate` is still executed, as in SimplerEnv; then the last frame is held.
             self.terminated[row] = ends
+            if self.poses is not None:
+                self.poses[row] = dead_reckon(self.poses[row], self.actions[step, row])
         self.actions[step, len(self.items) :] = self.actions[step, 0]
 
     # ---- the world's side

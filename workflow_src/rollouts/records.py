@@ -27,8 +27,9 @@ COLUMNS = {
     "policy": "string", "world": "string", "repeat": "int64", "seed": "int64", "steps": "int64",
     "control_hz": "float64", "terminated": "bool", "video": "string", "sha256": "string", "arrays": "string",
     "sha256_arrays": "string", "seconds": "float64", "model_digest": "string", "policy_digest": "string",
-    "success_at_end": "boolean", "success_ever": "boolean", "partial": "Float64",
+    "success_at_end": "boolean", "success_ever": "boolean", "partial": "Float64", "robot_state": "string",
 }  # fmt: skip
+LATER = ("robot_state",)  # columns that older records lack
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Source:
     control_hz: float
     policy_digest: str
     model_digest: str | None  # of the world model; None in the lab
+    robot_state: str | None = None  # what the policy was told of the robot: "dead_reckoned", or None for nothing
 
 
 class Recorder:
@@ -77,7 +79,7 @@ class Recorder:
             repeat=item.repeat, seed=item.trial.seed, steps=rollout.steps, control_hz=source.control_hz,
             terminated=rollout.terminated, video=video.name, sha256=sha256_file(video), arrays=arrays.name,
             sha256_arrays=sha256_file(arrays), seconds=round(rollout.seconds, 4), model_digest=source.model_digest,
-            policy_digest=source.policy_digest, **_truth(rollout),
+            policy_digest=source.policy_digest, robot_state=source.robot_state, **_truth(rollout),
         )  # fmt: skip
 
     def finish(self, items: Iterable[Item]) -> None:
@@ -117,6 +119,9 @@ def read_records(table: str | Path) -> pd.DataFrame:
         rows = pd.read_parquet(table)
     except (OSError, ValueError) as error:
         raise UserError(f"{table}: not a readable table of rollouts ({error}); delete it and run again") from None
+    for column in LATER:
+        if column not in rows:
+            rows[column] = pd.array([None] * len(rows), COLUMNS[column])
     if absent := sorted(set(COLUMNS) - set(rows)):
         raise UserError(f"{table}: lacks the column(s) {', '.join(absent)}; delete it and run again")
     for column in ("video", "arrays"):

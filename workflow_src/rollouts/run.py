@@ -17,6 +17,7 @@ from workflow_src.common.process import die_with_parent
 from workflow_src.common.progress import Progress, say
 from workflow_src.embodiments import get
 from workflow_src.policies.client import PolicyClient, connect
+from workflow_src.policies.foreign import DEAD_RECKONED, refusals, translator_of
 from workflow_src.rollouts.loop import Item, roll_out
 from workflow_src.rollouts.records import Recorder, Source
 from workflow_src.rollouts.trials import Trial, load_trials
@@ -83,14 +84,17 @@ def run(stage: Stage, options: argparse.Namespace, client: PolicyClient) -> None
     real = [item for item in items if item.trial.initial_state is not None and lab.scene != "none"]
     if len(real) < len(items) and lab.scene != "none":
         say(f"{len(items) - len(real)} trial(s) have no initial_state: not rolled out in the lab")
+    if refused := refusals(stage.policies[options.policy].foreign, [(t.trial_id, t.initial_state) for t in trials]):
+        raise UserError(f"policy {options.policy}: {'; '.join(refused)}")
+    reckoned = DEAD_RECKONED if client.metadata.extra.get("needs_pose") else None
     hz, served, weights = get(lab.embodiment).control_hz, client.metadata_digest, model_digest(options.world_model)
     # A rollout depends on its own trial; the digest covers all, so a changed set of trials starts afresh.
     key = [stage.digest, served, trials_digest(trials)]
     record_world(
         lambda: make_lab(lab, rollouts.batch), client, real, lab.horizon,
-        Recorder(options.lab_out, Source(options.policy, "lab", hz, served, None), digest([*key, "lab"])),
+        Recorder(options.lab_out, Source(options.policy, "lab", hz, served, None, reckoned), digest([*key, "lab"])),
     )  # fmt: skip
-    source = Source(options.policy, "world_model", hz, served, weights)
+    source = Source(options.policy, "world_model", hz, served, weights, reckoned)
     record_world(
         lambda: make_world_model(options.world_model.parent, rollouts.batch, stage.seed, lab.horizon),
         client, items, lab.horizon, Recorder(options.world_model_out, source, digest([*key, weights])),
@@ -100,7 +104,7 @@ def run(stage: Stage, options: argparse.Namespace, client: PolicyClient) -> None
 def use_devices(devices: list[str]) -> None:
     """Work on the last accelerator that the policy's server was granted. Call before torch is imported.
 
-    Of several, the server leaves that one to the world model (`lifecycle.leave_last`).
+    Of several, the server leaves that one to the world model (`lifecycle.Endpoint.grant`).
     """
     if devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[-1]
@@ -147,6 +151,7 @@ def main() -> None:
         policy=options.policy,
         step_timeout=options.step_timeout or rollouts.step_timeout,
         allow_plaintext=policy.allow_plaintext,
+        translator=translator_of(policy),
     ) as client:
         use_devices(client.devices)
         run(stage, options, client)

@@ -2,15 +2,14 @@
 
 A trial is a pair `<task>/<name>.png` + `<task>/<name>.json` under one root (WorldGym's layout); its id is
 `<task>/<name>`. `trials.json` beside them, written last, lists the trials of the root with checksums; without it, every
-pair below the root counts. As a program: draw trials from the lab, or take over a folder of somebody's own
-(`trials.root`).
+pair below the root counts. As a program: draw trials from the lab. Trials from elsewhere: `rollouts/gather.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from workflow_src.common.files import atomic_path, sha256_file, write_json
 from workflow_src.common.process import die_with_parent
 from workflow_src.common.progress import Progress
 from workflow_src.common.seeds import derive
+from workflow_src.rollouts.pictures import read_picture
 from workflow_src.rollouts.worlds import make_lab
 
 LISTING = "trials.json"
@@ -42,6 +42,7 @@ class Trial:
     initial_state: list[float] | None  # what the lab's `reset` puts the scene into; None: no lab has this scene
     seed: int  # 63 bits; all randomness of the trial's rollouts derives from it
     partial_credit_criteria: str | None = None
+    source: str | None = None  # where the picture is from, and whether it stands in for another; None: the lab
 
     def options(self, repeat: int) -> dict[str, Any]:
         """The trial as both worlds' `reset(options={"trials": [...]})` takes it."""
@@ -70,7 +71,7 @@ def load_trials(root: str | Path) -> list[Trial]:
             trials.append(_load_pair(root, stem, checksums))
         except UserError as error:
             problems.append(str(error))
-    problems += _odd_sizes(root, trials)
+    problems += odd_sizes(root, [(trial.trial_id, trial.image.shape[:2]) for trial in trials])
     if problems:
         raise UserError(f"{root}: {len(problems)} broken trial(s): " + "; ".join(problems))
     if not trials:
@@ -98,24 +99,21 @@ def _load_pair(root: Path, stem: str, checksums: dict[str, str]) -> Trial:
             raise UserError(f"{path} is missing")
         if kind in checksums and sha256_file(path) != checksums[kind]:
             raise UserError(f"{path} differs from the checksum in {LISTING}")
-    fields = _read_json(text)
-    try:
-        with Image.open(picture) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{picture} is not a readable image ({error})") from None
+    fields = read_fields(text)
     return Trial(
         trial_id=stem,
         task=fields.get("task") or stem.partition("/")[0],
         instruction=fields["instruction"],
-        image=pixels,
+        image=read_picture(picture),
         initial_state=fields.get("initial_state"),
         seed=fields.get("seed", derive(0, "trial", stem)),
         partial_credit_criteria=fields.get("partial_credit_criteria"),
+        source=fields.get("source"),
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_fields(path: Path) -> dict[str, Any]:
+    """What a trial's json says. Raises `UserError` naming the field."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -124,20 +122,20 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} holds {type(fields).__name__}, not an object with an `instruction`")
     if not isinstance(fields.get("instruction"), str) or not fields["instruction"].strip():
         raise UserError(f"{path}: `instruction` is missing or empty")
-    kinds = {"task": str, "seed": int, "partial_credit_criteria": str, "initial_state": list}
+    kinds = {"task": str, "seed": int, "partial_credit_criteria": str, "initial_state": list, "source": str}
     for key, kind in kinds.items():
         if fields.get(key) is not None and not isinstance(fields[key], kind):
             raise UserError(f"{path}: `{key}` is {fields[key]!r}, not {kind.__name__}")
     return {key: value for key, value in fields.items() if value is not None}
 
 
-def _odd_sizes(root: Path, trials: list[Trial]) -> list[str]:
-    """Rollouts run in batches of one image size, so one size it must be."""
-    sizes = [trial.image.shape[:2] for trial in trials]
-    usual = max(set(sizes), key=sizes.count, default=None)
+def odd_sizes(root: Path, sizes: list[tuple[str, tuple[int, int]]]) -> list[str]:
+    """What is wrong with `sizes` (trial id, rows and columns): rollouts run in batches of one image size."""
+    counted = Counter(size for _, size in sizes)
+    usual = max(counted, key=counted.get, default=None)
     return [
-        f"{root / trial.trial_id}.png is {size[1]}x{size[0]} pixels, the others {usual[1]}x{usual[0]}"
-        for trial, size in zip(trials, sizes)
+        f"{root / name}.png is {size[1]}x{size[0]} pixels, the others {usual[1]}x{usual[0]}; set trials.fit"
+        for name, size in sizes
         if size != usual
     ]
 
@@ -179,32 +177,17 @@ def save(trial: Trial, root: Path) -> dict[str, str]:
     fields = {
         "instruction": trial.instruction, "task": trial.task, "name": trial.trial_id.partition("/")[2],
         "seed": trial.seed, "initial_state": trial.initial_state,
-        "partial_credit_criteria": trial.partial_credit_criteria,
+        "partial_credit_criteria": trial.partial_credit_criteria, "source": trial.source,
     }  # fmt: skip
     write_json(text, {key: value for key, value in fields.items() if value is not None})
-    return _entry(root, trial.trial_id)
-
-
-def _entry(root: Path, stem: str) -> dict[str, str]:
-    return {"trial": stem, "png": sha256_file(root / f"{stem}.png"), "json": sha256_file(root / f"{stem}.json")}
-
-
-def take_over(source: Path, root: Path) -> list[dict[str, str]]:
-    """Copy the pairs of somebody's own folder, checked, so that results hold all they were made from."""
-    entries = []
-    for trial in load_trials(source):
-        for suffix in (".png", ".json"):
-            with atomic_path(root / f"{trial.trial_id}{suffix}") as temporary:
-                shutil.copyfile(source / f"{trial.trial_id}{suffix}", temporary)
-        entries.append(_entry(root, trial.trial_id))
-    return entries
+    return {"trial": trial.trial_id, "png": sha256_file(picture), "json": sha256_file(text)}
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(
         prog="python -m workflow_src.rollouts.trials",
-        description="Draw the trials (first frames and instructions) from the lab, or take over a folder of them.",
+        description="Draw the trials (first frames and instructions) from the lab.",
         epilog="examples:\n  python -m workflow_src.rollouts.trials --config results/config/trials.json \\\n"
         "      --out results/trials/trials.json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -216,14 +199,11 @@ def main() -> None:
     stage, root = load_stage(options.config), options.out.parent
     # An old listing must not vouch for new files while they are being written.
     options.out.unlink(missing_ok=True)
-    if stage.trials.root:
-        entries = take_over(Path(stage.trials.root), root)
-    else:
-        with Progress(stage.trials.per_task * len(stage.lab.tasks), "trials", "trial") as progress:
-            entries = []
-            for trial in draw(stage):
-                entries.append(save(trial, root))
-                progress.update()
+    with Progress(stage.trials.per_task * len(stage.lab.tasks), "trials", "trial") as progress:
+        entries = []
+        for trial in draw(stage):
+            entries.append(save(trial, root))
+            progress.update()
     write_json(options.out, {"trials": sorted(entries, key=lambda entry: entry["trial"])})
 
 

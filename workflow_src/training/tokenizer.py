@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from workflow_src.common import sections
 from workflow_src.common.config import load_stage, to_dict
 from workflow_src.common.errors import UserError, run_cli
-from workflow_src.common.files import atomic_path, digest, sha256_file, write_json
+from workflow_src.common.files import atomic_path, digest, write_json
 from workflow_src.common.progress import say
 from workflow_src.common.provenance import record
 from workflow_src.common.seeds import derive
@@ -38,6 +38,7 @@ MOVED = 16 / 255  # a pixel that differs this much from the median frame shows s
 MOVED_WEIGHT = 2.0  # how much more such a pixel counts: objects are small, and they are what matters
 ABSOLUTE = 0.1  # share of the absolute error in the loss: keeps edges sharp where the squared error is content
 LATENT_NOISE = 0.05  # added to latents in training, so that neighbouring latents decode alike
+MOST = 20_000  # frames of recorded episodes, spread over all of them
 LATENT_SIZE = 1e-3  # penalty on squared latents, without which they would outgrow that noise
 
 
@@ -54,7 +55,7 @@ def main() -> None:
     stage = load_stage(arguments.config)
     processes = join()
     images = load_frames(arguments.episodes)
-    recipe = digest([stage.digest, sha256_file(arguments.episodes)])
+    recipe = digest([stage.digest, EpisodeStore(arguments.episodes).identity])
     engine = train(images, stage.tokenizer, seed=derive(stage.seed, "tokenizer"), state=arguments.state, recipe=recipe)
     if processes.first:
         write_artefact(arguments.out, engine, load_frames(arguments.validation))
@@ -63,9 +64,19 @@ def main() -> None:
 
 
 def load_frames(table: Path) -> np.ndarray:
-    """All frames of a split as uint8 (N, H, W, 3)."""
-    images = EpisodeStore(table.parent).load_all().images
-    return images.reshape(-1, *images.shape[2:])
+    """Frames of a split, uint8 (N, H, W, 3): all of equally long episodes, as a lab records them, or else `MOST` of all."""
+    store = EpisodeStore(table)
+    if len(set(store.lengths.tolist())) == 1:
+        images = store.load_all().images
+        return images.reshape(-1, *images.shape[2:])
+    store.image_size()  # complains where it is not one
+    positions = np.linspace(0, store.lengths.sum() - 1, min(store.lengths.sum(), MOST)).round().astype(int)
+    ends = store.lengths.cumsum()
+    episodes = np.searchsorted(ends, positions, side="right")
+    frames = [
+        store.read(i, (positions - ends[i] + store.lengths[i])[episodes == i].tolist()) for i in np.unique(episodes)
+    ]
+    return np.concatenate(frames)
 
 
 def train(images: np.ndarray, config: sections.Tokenizer, *, seed: int, state: Path, recipe: str) -> Engine:

@@ -8,6 +8,7 @@ and for other actions) and `samples/*.gif` (truth | imagined).
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from workflow_src.common.provenance import record
 from workflow_src.common.sections import WorldModel
 from workflow_src.common.seeds import derive
 from workflow_src.episodes.clips import Choice
+from workflow_src.episodes.mixture import read_mixture
+from workflow_src.episodes.sources import find_split
 from workflow_src.training import randomness, replay
 from workflow_src.training.clip_source import ClipSource
 from workflow_src.training.datasets import open_held_out, open_training
@@ -41,6 +44,8 @@ EXAMPLES = """examples (one line each):
       --tokenizer results/tokenizer --out results/world_model/model.safetensors --state results/state/world_model
   a mixture, encoded on the fly: --latents --episodes rt_1/train/episodes.parquet bridge_v2/train/episodes.parquet
       --validation --validation-episodes rt_1/validation/episodes.parquet …
+  the same by names, with the stage file and the tokenizer of results/: torchrun --standalone --nproc-per-node=8
+      -m workflow_src.training.world_model --dataset-dir results/episodes --subset-names rt_1,bridge_v2
 """
 
 
@@ -48,6 +53,10 @@ def main() -> None:
     arguments = _arguments()
     stage = load_stage(arguments.config)
     processes = join()
+    if arguments.dataset_dir:
+        found = find_subsets(arguments.dataset_dir, arguments.subset_names)
+        arguments.episodes, arguments.validation_episodes = found
+        stage.world_model = replace(stage.world_model, data=arguments.subset_names, latents="on_the_fly")
     config: WorldModel = stage.world_model
     datasets = open_training(config, arguments.episodes, arguments.latents, arguments.tokenizer, processes)
     held_out = open_held_out(datasets[0], arguments.validation_episodes, arguments.validation, processes)
@@ -56,7 +65,7 @@ def main() -> None:
     card = make_card(stage, source)
     loss = DiffusionForcing(card, config, source, derive(stage.seed, "world_model"))
     torch.manual_seed(derive(stage.seed, "world_model", "weights"))
-    identity = digest([stage.digest, *source.identity])
+    identity = digest([stage.digest, *source.identity, *filter(None, [arguments.subset_names])])
     loss.show_own_frames(arguments.state, identity)
     folder, training = arguments.out.parent, stage.world_model.training
     network = build_network(card)
@@ -90,18 +99,33 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     several = "; one for each data set of world_model.data, in its order"
-    for flag, count, text in (
-        ("--config", None, "stage file (seed, world_model)"),
-        ("--latents", "*", f"latents.json of the training split{several}; none: encode on the fly"),
-        ("--episodes", "+", f"episodes.parquet of the training split, or its folder{several}"),
-        ("--validation", "?", "latents.json of the first data set's validation split; none: encode on the fly"),
-        ("--validation-episodes", None, "episodes.parquet of that split, or its folder"),
-        ("--tokenizer", None, "tokenizer folder, copied into the artefact"),
-        ("--out", None, "weights to write (model.safetensors)"),
-        ("--state", None, "folder of checkpoints"),
+    for flag, count, default, text in (
+        ("--config", None, "results/config/world_model.json", "stage file (seed, world_model)"),
+        ("--latents", "*", [], f"latents.json of the training split{several}; none: encode on the fly"),
+        ("--episodes", "+", None, f"episodes.parquet of the training split, or its folder{several}"),
+        ("--validation", "?", None, "latents.json of the first data set's validation split; none: encode on the fly"),
+        ("--validation-episodes", None, None, "episodes.parquet of that split, or its folder"),
+        ("--dataset-dir", None, None, "instead of these four: a folder per data set, and in it one per split"),
+        ("--tokenizer", None, "results/tokenizer", "tokenizer folder, copied into the artefact"),
+        ("--out", None, "results/world_model/model.safetensors", "weights to write (default: %(default)s)"),
+        ("--state", None, "results/state/world_model", "folder of checkpoints (default: %(default)s)"),
     ):
-        parser.add_argument(flag, type=Path, nargs=count, required=True, help=text)
-    return parser.parse_args()
+        parser.add_argument(flag, type=Path, nargs=count, default=default, help=text)
+    parser.add_argument(
+        "--subset-names", default="", help="of --dataset-dir, in place of world_model.data: rt_1,bridge_v2"
+    )
+    arguments = parser.parse_args()
+    named = [bool(arguments.dataset_dir), bool(arguments.subset_names)]
+    listed = [bool(arguments.episodes), bool(arguments.validation_episodes)]
+    if named + [not one for one in listed] not in ([True] * 4, [False] * 4):
+        parser.error("give --episodes and --validation-episodes, or else --dataset-dir and --subset-names")
+    return arguments
+
+
+def find_subsets(folder: Path, names: str) -> tuple[list[Path], Path]:
+    """Training splits of the data sets `names` ("rt_1,bridge_v2") in `folder`, and the validation split of the first."""
+    roots = [folder / name for name in read_mixture(names, "").names]
+    return [find_split(root, "train") for root in roots], find_split(roots[0], "validation")
 
 
 def make_card(stage: Stage, source: ClipSource) -> Card:
