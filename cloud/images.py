@@ -25,7 +25,13 @@ PROJECT = "/opt/rehearsal"
 WORKFLOW = ("Snakefile", "rules", "config", "envs", "notebooks", "slurm", "workflow_src")
 SERVER = ("workflow_src/__init__.py", "workflow_src/embodiments.py", "workflow_src/common", "workflow_src/policies")
 EXTRAS = ("published",)  # of pyproject.toml, in the base image
-HERE = {"base", "tabletop"}  # environments of the base image: it serves the tabletop's policies itself
+HERE = ("base", "tabletop")  # environments of the base image: it serves the tabletop's policies itself
+
+
+def policy_environments() -> list[str]:
+    """The environments with images of their own: those that hold what a policy's server needs."""
+    serving = [name for name in ENVIRONMENTS if any(one.startswith("websockets==") for one in requirements(name))]
+    return [name for name in serving if name not in HERE]
 
 
 def workflow_requirements() -> list[str]:
@@ -95,8 +101,7 @@ def policy(name: str) -> list[str]:
 
 def dockerfiles() -> dict[str, str]:
     """Name → content of every Dockerfile."""
-    names = ["base", *(name for name in ENVIRONMENTS if name not in HERE)]
-    parts = {name: base() if name == "base" else policy(name) for name in names}
+    parts = {"base": base(), **{name: policy(name) for name in policy_environments()}}
     return {
         name: "\n".join([f"# {ENVIRONMENTS[name].purpose}", "# Written by cloud/images.py.", *lines]) + "\n"
         for name, lines in parts.items()

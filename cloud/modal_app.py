@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1] if modal.is_local() else Path(PROJECT
 sys.path.insert(0, str(ROOT))
 
 from cloud import entry  # noqa: E402
-from cloud.images import WORKFLOW, workflow_requirements  # noqa: E402
+from cloud.images import WORKFLOW, policy_environments, workflow_requirements  # noqa: E402
 from envs.make_environments import ENVIRONMENTS, requirements  # noqa: E402
 from workflow_src.common.config import check_name  # noqa: E402
 
@@ -51,7 +51,7 @@ def _names(variable: str) -> list[str]:
 
 def _policy_environment(name: str) -> list[str]:
     """Commands that build a policy's environment beside the workflow's."""
-    check_name("REHEARSAL_POLICIES", name, ENVIRONMENTS)
+    check_name("REHEARSAL_POLICIES", name, policy_environments())
     folder = entry.POLICIES / name
     return [
         f"uv venv --python {ENVIRONMENTS[name].python} {folder}",
