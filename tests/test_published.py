@@ -194,7 +194,7 @@ def test_a_published_model_is_fetched_imported_and_swept(tmp_path, server, small
     sampler = model.card.sampler
     assert (sampler.guidance, sampler.window, sampler.steps, sampler.mode) == (3.0, 4, 2, "exact")
     assert (model.card.provenance["checkpoint"], model.card.provenance["sha256"]) == (server.url, server.sha256)
-    assert not any((results / name).exists() for name in ("episodes", "latents", "state"))
+    assert not any((results / name).exists() for name in ("episodes", "latents", "state/world_model"))
     assert "Nothing to be done" in (again := run(folder, "--dry-run", SHEET, config=small())).stdout + again.stderr
 
     # Another checksum is a matter of the import: gigabytes are not fetched again.
