@@ -65,6 +65,17 @@ def test_a_second_run_shows_the_ranking_again(finished, tmp_path):
     assert "Policy ranking" in done.stdout and "this run, wall time" in done.stdout
 
 
+def test_an_interrupt_that_snakemake_swallows_stops_it_all_the_same():
+    deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    run = f"from workflow_src import launch; launch.PATIENCE = 1; print(launch._run([{sys.executable!r}, '-c', {deaf!r}]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", run], env=ENVIRONMENT, start_new_session=True, text=True, stdout=subprocess.PIPE
+    )
+    process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=30)[0] == f"{-signal.SIGTERM}\n"
+
+
 def test_however_a_run_is_stopped_nobody_is_left_and_it_continues(finished, tmp_path):
     """Ctrl-C, SIGTERM and SIGKILL of the launcher while policies are served and rolled out."""
     folder = copy_of(finished, tmp_path / "run", "rollouts", "judgements", "tables")

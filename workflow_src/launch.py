@@ -26,6 +26,7 @@ from workflow_src.common.progress import say
 from workflow_src.workflow import ROOT
 
 MISTAKE = 2  # Snakemake's exit code where configuration or command line are wrong; the line that says so is printed
+PATIENCE = 15  # seconds after Ctrl-C: no checkpoint takes that long
 EPILOG = """examples:
   rehearse                                     the default ranking with figures, gallery and notebook
   rehearse results/tables/policy_ranking.csv   the ranking alone
@@ -128,8 +129,10 @@ def _run(command: list[str]) -> int:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
     with subprocess.Popen(command, close_fds=False, preexec_fn=follow_the_launcher) as process:
-        # Ctrl-C reaches Snakemake and its jobs through the terminal; the launcher only waits for them.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Ctrl-C reaches Snakemake and its jobs through the terminal; the launcher only waits for them. Now and then it comes
+        # while Snakemake's event loop is closing, which swallows it (Python's asyncio.Runner): then the launcher stops it.
+        signal.signal(signal.SIGINT, lambda *_: signal.alarm(PATIENCE))
+        signal.signal(signal.SIGALRM, lambda *_: _stop(process))
         signal.signal(signal.SIGTERM, lambda *_: _stop(process))
         return process.wait()
 
