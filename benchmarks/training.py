@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measure import CPU_ATTENTION, PRESETS, in_own_process, memory, peak, print_head, print_row, wait
 from workflow_src.common import sections
 from workflow_src.common.compute import autocast, configure_torch
+from workflow_src.training.distributed import Processes
 from workflow_src.training.optimizers import Optimizers
 from workflow_src.world_model.diffusion import Objective
 from workflow_src.world_model.network import WorldModelNetwork
@@ -97,7 +98,8 @@ def measure(options: argparse.Namespace, latents: str, batch: int) -> dict[str, 
 def trainer(network: WorldModelNetwork, precision: str) -> Callable[[Tensor, int], None]:
     """One step on standardised latents `(B, T, h, w, C)`, as the training engine takes it."""
     config = sections.Training(optimizer="adamw")
-    objective, optimizers = Objective(sections.Objective()), Optimizers(network, config)
+    alone = Processes(0, 1, next(network.parameters()).device)
+    objective, optimizers = Objective(sections.Objective()), Optimizers(network, config, alone)
     average, parameters = copy.deepcopy(network).requires_grad_(False), list(network.parameters())
 
     def step(latents: Tensor, number: int) -> None:
