@@ -12,6 +12,7 @@ RUN python -m pip install --no-cache-dir --disable-pip-version-check -c /opt/reh
     'imageio==2.38.1' \
     'ipykernel==7.4.0' \
     'itables==2.9.1' \
+    'matplotlib==3.11.2' \
     'msgpack==1.2.4' \
     'mujoco==4.0.0' \
     'nbconvert==7.17.2' \

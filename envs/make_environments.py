@@ -32,9 +32,9 @@ WIRE = ("msgpack==1.1.0", "PyYAML==6.0.2", "websockets==15.0.1")
 ENVIRONMENTS = {
     "base": Environment(
         "Everything but the policies: simulator, training, judging, analysis.",
-        ("av", "diffusers", "einops", "google-crc32c", "gymnasium", "imageio", "ipykernel", "msgpack", "mujoco", "nbconvert",
-         "numpy", "openai", "pandas", "papermill", "pillow", "pyarrow", "PyYAML", "requests", "safetensors", "scipy",
-         "seaborn", "tensorboard", "tensorflow-datasets", "torch", "websockets"),
+        ("av", "diffusers", "docutils", "einops", "google-crc32c", "gymnasium", "imageio", "ipykernel", "itables",
+         "matplotlib", "msgpack", "mujoco", "nbconvert", "numpy", "openai", "pandas", "papermill", "pillow", "pyarrow",
+         "PyYAML", "requests", "safetensors", "scipy", "seaborn", "tensorboard", "tensorflow-datasets", "torch", "websockets"),
     ),
     "tfds": Environment(
         "TensorFlow's own reader of RLDS sets, for episodes.recorded.tensorflow; the converter with it.",

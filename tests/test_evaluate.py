@@ -121,6 +121,7 @@ def test_errors_are_of_clusters_not_of_repeats():
             "--checkpoint-path: none.pt is neither a world model's folder nor",
         ),
         ("tabletop_random --checkpoint-path {world}", "environment variable OPENAI_API_KEY is not set"),
+        ("tabletop_random --checkpoint-path {world} --judge-url http://example.org/v1", "is unencrypted; use https://"),
         ("tabletop_random --checkpoint-path {world} --judge-model none --retries 0", "--retries: 0 is impossible"),
         ("tabletop_random --checkpoint-path {world} --python /no/python", "--python: '/no/python' is no Python"),
         ("tabletop_random --checkpoint-path {world} --file code", "--file: 'code' is not of the form NAME=PATH"),

@@ -256,6 +256,16 @@ def test_the_lease_lasts_as_long_as_the_command(tmp_path):
     os.close(handle)
 
 
+def test_other_users_can_lock_what_a_strict_one_made(tmp_path):
+    before = os.umask(0o077)
+    try:
+        held = gpus.lease(1, ["GPU-a"], tmp_path)
+    finally:
+        os.umask(before)
+    assert held == ["GPU-a"]
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir() if path.is_file()} == {0o644}
+
+
 def test_a_command_that_cannot_be_run_is_one_line(tmp_path):
     _, done = launch(tmp_path, 1, "absent", REHEARSAL_GPUS="GPU-a")
     assert (done.returncode, done.stderr) == (2, "error: absent: cannot be run: No such file or directory\n")

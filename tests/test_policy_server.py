@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from workflow_src.common import gpus
 from workflow_src.common.errors import UserError
 from workflow_src.common.process import alive
 from workflow_src.policies import client, wire
@@ -314,6 +316,21 @@ def test_loading_beyond_the_deadline(start):
     server = start({"load_seconds": 60})
     with pytest.raises(UserError, match=r"was not ready within 0.5 s \(last stage: loading policy p\)"):
         client.connect(server.endpoint, 0.5)
+
+
+def test_waiting_for_a_gpu_is_no_delay_of_the_servers(start, tmp_path, monkeypatch):
+    """Others may have the GPUs for hours; the deadline begins with the loading."""
+    monkeypatch.setenv("REHEARSAL_GPUS", "GPU-a")
+    monkeypatch.setenv("REHEARSAL_LEASES", str(tmp_path / "leases"))
+    (tmp_path / "leases").mkdir()
+    handle = gpus._lock(tmp_path / "leases" / "GPU-a.gpu")
+    server = start(arguments=["--gpus", "1"])
+    until(lambda: health(server) == (503, "waiting for a GPU\n"))
+    timer = threading.Timer(3, os.close, [handle])
+    timer.start()
+    with client.connect(server.endpoint, 2) as connection:
+        assert connection.devices == ["GPU-a"]
+    timer.join()
 
 
 def test_server_ends_with_its_parent(start, tmp_path):

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 
 import pytest
 import yaml
@@ -102,6 +103,23 @@ def test_environment_files_follow_the_constraints(name):
     for pin in ours:
         package, _, version = pin.partition("==")
         assert pins()[package.lower()] == version
+
+
+def test_the_base_environment_has_what_its_stages_import():
+    """All but what runs in environments of their own: Snakemake's own process, policies' frameworks, TensorFlow's reader."""
+    elsewhere = {"snakemake", *("tensorflow", "transformers", "octo", "jax", "lerobot", "openpi_client")}
+    provided = {package.lower() for package in ENVIRONMENTS["base"].packages}
+    of = packages_distributions()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.parent.name == "policies" or path.stem == "tensorflow_reader":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - elsewhere:
+                if name in ("workflow_src", "envs"):
+                    continue
+                assert {package.lower() for package in of.get(name, [name])} & provided, f"{path}: {name}"
 
 
 def package_of(pin):

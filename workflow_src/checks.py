@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from workflow_src.common.addresses import is_loopback
+from workflow_src.common.addresses import check_address, is_loopback
 from workflow_src.common.config import check_name
 from workflow_src.common.errors import UserError
 from workflow_src.common.sections import Config, Foreign, Policy, Vlm
@@ -250,13 +250,7 @@ def _check_judges(config: Config) -> None:
 
 
 def _check_vlm(path: str, vlm: Vlm) -> None:
-    parts = urlsplit(vlm.base_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"{path}.base_url: {vlm.base_url!r} is not an address; write https://host/v1")
-    if parts.username or parts.password:
-        raise UserError(f"{path}.base_url: holds a name or password; put the key into the variable {vlm.key_env}")
-    if parts.scheme == "http" and not is_loopback(parts.hostname) and not vlm.allow_plaintext:
-        raise UserError(f"{path}.base_url: {vlm.base_url!r} is unencrypted; use https:// or set allow_plaintext: true")
+    check_address(f"{path}.base_url", vlm.base_url, vlm.allow_plaintext)
     if not vlm.model:
         raise UserError(f"{path}.model: is empty; name the model as the server does")
     if not prompt_file(vlm).is_file():

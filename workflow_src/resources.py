@@ -57,8 +57,15 @@ def gpus_of_policy(config: Config, policy: str) -> int:
 
 
 def server_gpus(flow: Workflow) -> Callable[[Any], int]:
-    """`gpu` of a server. Its rollouts share them and ask for none: within a service's group resources are summed."""
-    return lambda wildcards: flow.gpus(gpus_of_policy(flow.config, wildcards.policy))
+    """`gpu` of a server: none of one that runs elsewhere.
+
+    Its rollouts share them and ask for none: within a service's group resources are summed.
+    """
+
+    def asked(wildcards: Any) -> int:
+        return flow.gpus(gpus_of_policy(flow.config, wildcards.policy)) if flow.served(wildcards.policy) else 0
+
+    return asked
 
 
 def rollout_gpus(flow: Workflow) -> Callable[[Any], int]:

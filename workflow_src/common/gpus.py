@@ -154,8 +154,8 @@ def _queued(folder: Path, pool: Sequence[str]) -> Iterator[int]:
     with _desk(folder):
         number = 1 + max((int(file.stem) for file in folder.glob("*.waiting")), default=0)
         file = folder / f"{number}.waiting"
-        file.write_text(json.dumps(list(pool)), encoding="utf-8")
         handle = _lock(file)
+        file.write_text(json.dumps(list(pool)), encoding="utf-8")
     try:
         yield number
     finally:
@@ -202,6 +202,8 @@ def _lock(path: Path, wait: bool = True) -> int | None:
             handle = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             handle = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+            with contextlib.suppress(PermissionError):  # made by somebody else in between
+                os.fchmod(handle, 0o644)  # whatever the umask: other users lock it as well
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             # Who cleans up old files may have removed this one in between: then others would lock a new one.

@@ -27,6 +27,7 @@ from workflow_src.common.process import alive
 from workflow_src.common.progress import say
 from workflow_src.policies import wire
 from workflow_src.policies.foreign import Translator
+from workflow_src.policies.lifecycle import WAITING_FOR_GPU
 
 POLL = 0.2  # seconds between two looks at a server that is loading
 FILE_DEADLINE = 10.0  # seconds to wait for an endpoint file; a server writes it within one
@@ -132,6 +133,8 @@ def _wait_for_health(peer: _Peer, end: float, deadline: float) -> None:
             return
         if peer.gone():
             raise peer.error("its server ended while loading")
+        if stage == WAITING_FOR_GPU:  # other jobs have them, perhaps for hours
+            end = time.monotonic() + deadline
         if time.monotonic() > end:
             raise peer.error(f"its server was not ready within {deadline:g} s (last stage: {stage})")
         if stage != shown:

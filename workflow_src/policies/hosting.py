@@ -14,16 +14,25 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @contextlib.contextmanager
 def served(
-    config: Path, policy: str, networks: Path, endpoint: Path, log: Path, python: str = sys.executable, threads: int = 1
+    config: Path,
+    policy: str,
+    networks: Path,
+    endpoint: Path,
+    log: Path,
+    python: str = sys.executable,
+    threads: int = 1,
+    gpus: int | None = None,
 ) -> Iterator[Path]:
     """`endpoint`, the endpoint file of `policy` of the stage file `config`, served until the context is left.
 
-    `python`: interpreter of the policy's environment, which need not have this package installed.
+    `python`: interpreter of the policy's environment, which need not have this package installed. `gpus`: how many it leases,
+    for itself and a world model; None: it uses those that are visible, which the caller may have leased.
     """
     command = [
         python, "-m", "workflow_src.policies.serve", "--config", config, "--policy", policy, "--networks", networks,
         "--endpoint-file", endpoint, "--log", log, "--threads", threads,
     ]  # fmt: skip
+    command += [] if gpus is None else ["--gpus", gpus]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     endpoint.unlink(missing_ok=True)  # of a server that was killed
     server = subprocess.Popen(list(map(str, command)), env={**os.environ, "PYTHONPATH": path})

@@ -24,6 +24,8 @@ from workflow_src.common.process import alive, descendants
 GRACE = 4.0  # seconds between SIGTERM and the hard end
 MISSES = 3  # looks in a row, one a second, without the endpoint file
 
+WAITING_FOR_GPU = "waiting for a GPU"  # the stage of a server that has not begun to load; no deadline runs
+
 
 @dataclass(frozen=True)
 class Endpoint:

@@ -81,11 +81,8 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def load(options: argparse.Namespace, endpoint: lifecycle.Endpoint):
+def load(options: argparse.Namespace):
     """Reads the configuration and loads the policy. Everything heavy is imported from here on."""
-    if options.gpus is not None:
-        # Only now: the endpoint file may not wait for a GPU.
-        endpoint.grant(options.endpoint_file, gpus.take(options.gpus))
     from dataclasses import replace
 
     from workflow_src.common.config import check_name, load_stage
@@ -113,9 +110,18 @@ def by_hand(options: argparse.Namespace):
 
 def infer(server, options: argparse.Namespace, endpoint: lifecycle.Endpoint, outcome: list[int]) -> None:
     """Body of the inference thread. Leaves an exit code in `outcome` when loading fails."""
+
+    def loaded():
+        if options.gpus is not None:
+            # Only now: the endpoint file may not wait for a GPU.
+            server.stage = lifecycle.WAITING_FOR_GPU
+            endpoint.grant(options.endpoint_file, gpus.take(options.gpus))
+        server.stage = f"loading policy {options.policy}"
+        return load(options)
+
     server.stage = f"loading policy {options.policy}"
     try:
-        run_cli(lambda: server.run(lambda: load(options, endpoint)))
+        run_cli(lambda: server.run(loaded))
     except SystemExit as left:
         outcome.append(left.code if isinstance(left.code, int) else 1)
     except BaseException:

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from workflow_src.common import sections
+from workflow_src.common.addresses import check_address
 from workflow_src.common.config import check_name, load_stage, write_stage
 from workflow_src.common.errors import UserError, run_cli
-from workflow_src.common.files import copy_file
+from workflow_src.common.files import copy_file, sha256_file
 from workflow_src.common.process import die_with_parent
 from workflow_src.common.progress import say
 from workflow_src.policies.adapter import ADAPTERS
@@ -114,6 +115,7 @@ def configure(options: argparse.Namespace, adapter: str, world_model: Path) -> s
         files=dict(_pair(text) for text in options.file),
     )  # fmt: skip
     vlm = sections.Vlm(model=options.judge_model, base_url=options.judge_url, votes=options.votes)
+    check_address("--judge-url", vlm.base_url)
     return sections.Config(
         seed=options.seed,
         lab=sections.Lab(
@@ -143,7 +145,7 @@ def world_model_folder(checkpoint: Path, out: Path) -> Path:
         return checkpoint if checkpoint.is_dir() else checkpoint.parent
     if not checkpoint.is_file():
         raise UserError(f"--checkpoint-path: {checkpoint} is neither a world model's folder nor a published file")
-    folder = out / "world_model"
+    folder = out / f"world_model_{sha256_file(checkpoint)[:12]}"
     if not (folder / "model.safetensors").is_file():
         command = [sys.executable, "-m", "workflow_src.world_model.import_worldgym", checkpoint, "--out", folder]
         if code := subprocess.run(list(map(str, command)), env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode:
@@ -165,7 +167,7 @@ def roll_out(config: sections.Config, options: argparse.Namespace, out: Path, wo
     settings = load_stage(stage)
     log = out / "server.log"
     with (
-        served(Path(stage), name, out, out / "endpoint.json", log, options.python) as endpoint,
+        served(Path(stage), name, out, out / "endpoint.json", log, options.python, gpus=1) as endpoint,
         connect(
             endpoint, config.rollouts.server_deadline, policy=name, step_timeout=config.rollouts.step_timeout
         ) as client,
