@@ -11,12 +11,13 @@ import yaml
 
 from tests.chain import MINI, errors, run
 from tests.loopback import serving
-from tests.test_convert import make_source
+from tests.test_convert import SCHEMAS, make_source
 from tests.test_datasets import REGISTRY
 from workflow_src.common.errors import UserError
 from workflow_src.episodes.registry import entry_dict
 from workflow_src.episodes.store import EpisodeStore
 from workflow_src.workflow import checked
+from workflow_src.world_model.artefact import read_card
 
 
 def configured(data, recorded=None) -> dict:
@@ -66,25 +67,30 @@ def test_one_set_can_be_asked_for():
 
 
 def test_sets_are_fetched_or_copied_converted_and_trained_on(tmp_path):
-    """One of one's own from the network, beside a registered one of which a copy is here; without a lab."""
+    """One of one's own from the network, beside small copies of every schema that is registered; without a lab."""
     source = make_source(tmp_path / "source")
+    copies = {name: str(make_source(tmp_path / "copies" / name, name, shards=1, each=3)) for name in SCHEMAS}
     pages = {f"/sets/mine/{path.name}": path.read_bytes() for path in source.iterdir()}
     model, page = "results/world_model/model.safetensors", "results/figures/episodes/mine/validation/contact_sheet.png"
     with serving(pages) as server:
         entry = entry_dict(REGISTRY["viola"]) | {"address": server.url.replace("/file.bin", "/sets/mine")}
         (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"mine": entry}))
-        recorded = {"registry": str(tmp_path / "mine.yaml"), "copies": {"viola": str(source)}, "groups": 1}
-        mapping = configured("mine,viola", recorded)
+        recorded = {"registry": str(tmp_path / "mine.yaml"), "copies": copies, "groups": 1}
+        mapping = configured(",".join(["mine", *SCHEMAS]), recorded)
         mapping["world_model"]["latents"] = "on_the_fly"
         config = write(tmp_path, mapping)
         done = run(tmp_path / "run", model, page, config=config)
     jobs = dict(re.findall(r"^(\w+) +(\d+)$", done.stderr + done.stdout, re.M))
-    assert (jobs["download_dataset"], jobs["convert_dataset"], jobs["merge_dataset"]) == ("1", "2", "3")
+    # Training splits of all, and the validation split of the first.
+    expected = ("1", str(1 + len(SCHEMAS)), str(2 + len(SCHEMAS)))
+    assert (jobs["download_dataset"], jobs["convert_dataset"], jobs["merge_dataset"]) == expected
     stores = tmp_path / "run" / "results" / "episodes"
     assert (len(EpisodeStore(stores / "mine" / "train")), len(EpisodeStore(stores / "mine" / "test"))) == (6, 2)
-    assert len(EpisodeStore(stores / "viola" / "train")) == 6
+    assert {len(EpisodeStore(stores / name / "train")) for name in SCHEMAS} == {3}
     assert json.loads((stores / "mine" / "train" / "provenance.json").read_text())["dataset"] == "mine"
-    assert (tmp_path / "run" / page).with_name("alignment.csv").is_file() and (tmp_path / "run" / model).is_file()
+    assert (tmp_path / "run" / page).with_name("alignment.csv").is_file()
+    card = read_card(tmp_path / "run" / "results" / "world_model")
+    assert [source.dataset for source in card.sources] == ["mine", *SCHEMAS]
     again = run(tmp_path / "run", "-n", model, page, config=config)
     assert "Nothing to be done" in again.stdout + again.stderr
 
