@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -117,9 +117,7 @@ class Workflow:
             there = self.recorded[dataset].stored_splits()
             name = next(name for name in SPLITS.get(split, (split,)) if name in there)
             return f"{self.results}/episodes/{dataset}/{name}/episodes.parquet"
-        folder = split_folder(self.config, dataset, split)
-        table = folder / "episodes.parquet"
-        return str(table if table.is_file() else folder)
+        return _table_of(split_folder(self.config, dataset, split))
 
     @property
     def recording(self) -> str | Callable:
@@ -145,6 +143,15 @@ class Workflow:
         wanted = (*SUFFIXES, ".json")
         found = root.glob("*/*") if self.config.trials.root else ()
         return sorted(str(path) for path in found if path.suffix.lower() in wanted and path.name[0] != ".")
+
+    @property
+    def trial_sources(self) -> list[str]:
+        """What else trials are made of: the tasks of the suites, and the store of episodes (its table, where it has one)."""
+        store = self.config.trials.store
+        return [
+            *([self.stage("suites")] if self.config.trials.suites else []),
+            *([_table_of(Path(store))] if store else []),
+        ]
 
     @property
     def worlds(self) -> tuple[str, ...]:
@@ -254,8 +261,18 @@ class Workflow:
         write_if_changed(f"{self.results}/run_config.yaml", text)
         for name, entry in self.recorded.items():
             write_if_changed(self.stage(f"datasets/{name}"), json.dumps({name: entry_dict(entry)}, indent=1) + "\n")
+        if self.config.trials.suites:
+            # Not the files themselves: their comments and the order of their tasks decide nothing.
+            tasks = {name: asdict(task) for name, task in sorted(tasks_of(self.config.trials.suites).items())}
+            write_if_changed(self.stage("suites"), json.dumps(tasks, indent=1) + "\n")
         for name, sections in _stages(self.config).items():
             write_stage(f"{self.results}/config", name, self.config, sections)
+
+
+def _table_of(store: Path) -> str:
+    """A store's table, or what was given where it is that already or has none."""
+    table = store / "episodes.parquet"
+    return str(table if table.is_file() else store)
 
 
 def _environment(name: str) -> str | None:
