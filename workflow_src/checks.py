@@ -136,6 +136,10 @@ def _check_recorded(config: Config, registered: Iterable[str]) -> None:
         raise UserError(f"episodes.recorded.max_rejected: {recorded.max_rejected} is not a fraction from 0 to below 1")
     if config.dataset != "all":
         check_name("dataset", config.dataset, ["all", *registered])
+        if config.dataset in config.episodes.stores:
+            raise UserError(
+                f"dataset: {config.dataset!r} is there already (episodes.stores); remove it there to fetch it"
+            )
     if recorded.stream and recorded.tensorflow:
         raise UserError("episodes.recorded.stream: TensorFlow reads files; leave out stream or tensorflow")
     if recorded.tensorflow:

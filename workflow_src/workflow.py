@@ -90,6 +90,15 @@ class Workflow:
         """The registered data sets that `recorded_data` makes."""
         return [name for name in self.recorded if self.config.dataset in ("all", name)]
 
+    @property
+    def recorded_data(self) -> list[str] | Callable:
+        """Their stores and a page of each; without any, what ends Snakemake when recorded data is asked for."""
+        if not self.asked:
+            return _nothing_to_fetch
+        sets = [(name, split) for name in self.asked for split in SPLITS]
+        pages = [f"{self.results}/figures/episodes/{name}/{split}/contact_sheet.png" for name, split in sets]
+        return [*(self.store(name, split) for name, split in sets), *pages]
+
     def source(self, dataset: str) -> str:
         """A registered data set as its authors publish it: folder of a copy that is here, or of the download, or address."""
         recorded, entry = self.config.episodes.recorded, self.recorded[dataset]
@@ -386,6 +395,14 @@ def _nothing_to_record(wildcards: Any) -> None:
     _end(UserError(
         "lab.scene: is none, so there is no lab to record episodes in, which a tokenizer, a world model or a judge would "
         "learn from; roll out (target `rollouts`), or choose a scene"
+    ))  # fmt: skip
+
+
+def _nothing_to_fetch(wildcards: Any) -> None:
+    """The input of the rule that fetches and converts registered data sets."""
+    _end(UserError(
+        "world_model.data: names no registered data set besides those in episodes.stores, so there is nothing to fetch; "
+        "name one there, or by --config dataset=NAME"
     ))  # fmt: skip
 
 
