@@ -88,9 +88,7 @@ def _check_lab(config: Config) -> None:
 def _check_data(config: Config) -> None:
     own, stores = config.episodes.dataset, config.episodes.stores
     for name in (own, *stores):
-        path = "episodes.dataset" if name == own else f"episodes.stores.{name}"
-        if not re.fullmatch(FILE_NAME, name):
-            raise UserError(f"{path}: {name!r} is not usable as a file name; use letters, digits, '_', '-' and '.'")
+        _check_file_name("episodes.dataset" if name == own else f"episodes.stores.{name}", name)
     if own in stores:
         raise UserError(f"episodes.stores.{own}: is what the lab's data set is called (episodes.dataset); rename one")
     for name in stores:
