@@ -30,7 +30,6 @@ from workflow_src.resources import (
 )
 from workflow_src.workflow import (
     CORRUPTIONS,
-    SPLITS,
     WORLDS,
     any_of,
     open_workflow,

@@ -5,6 +5,7 @@ Nothing here knows a provider. `modal_app.py` hands over its Volume; the tests h
     <folder>/<run>.yaml                configuration of a run, written by `train`
     <folder>/data/episodes/<set>/      data sets, by `download`; all runs share them
     <folder>/results/<run>/            latents, checkpoints (state/), world model, rollouts, tables
+        served.yaml                    that configuration with the policies of the image, written by `rollout` and `rank`
 """
 
 from __future__ import annotations
@@ -103,12 +104,12 @@ def train(
 
 
 def rollout(folder: Path, configfile: str) -> Order:
-    """Roll out every policy of a run in its worlds."""
+    """Roll out every policy of a run that this image can serve in the run's worlds."""
     return Order(_results(folder, configfile), ["rollouts", *_with_policies(folder, configfile)])
 
 
 def rank(folder: Path, configfile: str) -> Order:
-    """Everything up to the ranking of a run's policies."""
+    """Everything up to the ranking of the policies of a run that this image can serve."""
     results = _results(folder, configfile)
     return Order(results, [f"{results}/tables/policy_ranking.csv", *_with_policies(folder, configfile)])
 
@@ -124,20 +125,35 @@ def _names(flag: str, given: str) -> list[str]:
 
 
 def _with_policies(folder: Path, configfile: str) -> list[str]:
-    """The configuration, with the image's interpreters for policies that name an environment: there is no conda here."""
-    path = find(folder, configfile)
-    interpreters = {}
-    for name, policy in (_read(path).get("policies") or {}).items():
-        environment = (policy or {}).get("env", "tabletop")
-        if environment == "tabletop" or "/" in environment or (policy or {}).get("endpoint"):
-            continue  # the tabletop's own policies run in the workflow's environment
+    """The configuration as this image can run it: there is no conda here.
+
+    A policy that names an environment gets the image's interpreter, or is left out where the image lacks it. Raises
+    UserError where that leaves none.
+    """
+    config = _read(find(folder, configfile))
+    given = {name: policy or {} for name, policy in (config.get("policies") or {}).items()}
+    served, absent = {}, []
+    for name, policy in given.items():
+        environment = policy.get("env", "tabletop")
         python = POLICIES / environment / "bin" / "python"
-        if not python.is_file():
-            raise UserError(f"policies.{name}.env: {environment!r} is not in this image; name it in REHEARSAL_POLICIES "
-                            "where you start the command")  # fmt: skip
-        interpreters[name] = {"env": str(python)}
-    arguments = ["--configfile", str(path)]
-    return [*arguments, "--config", f"policies={json.dumps(interpreters)}"] if interpreters else arguments
+        if environment == "tabletop" or "/" in environment or policy.get("endpoint"):
+            served[name] = policy  # the tabletop's own policies run in the workflow's environment
+        elif python.is_file():
+            served[name] = policy | {"env": str(python)}
+        else:
+            absent.append(f"{name} ({environment})")
+    if absent:
+        remedy = "name their environments in REHEARSAL_POLICIES where you start the command"
+        if not served:
+            raise UserError(f"policies: the image has the environment of none: {', '.join(absent)}; {remedy}")
+        say(f"left out, as their environments are not in this image: {', '.join(absent)}; {remedy}")
+    changed = config | {"policies": served}
+    if isinstance(asked := (config.get("gpus") or {}).get("rollouts"), dict):
+        kept = {name: count for name, count in asked.items() if name in served or name not in given}
+        changed["gpus"] = config["gpus"] | {"rollouts": kept}
+    path = Path(_results(folder, configfile)) / "served.yaml"
+    write_if_changed(folder / path, yaml.safe_dump(changed, sort_keys=False))
+    return ["--configfile", str(path)]
 
 
 def find(folder: Path, configfile: str) -> Path:

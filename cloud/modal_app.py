@@ -9,7 +9,8 @@
 
 Variables where a command is started: REHEARSAL_VOLUME (name of the Volume, default rehearsal), REHEARSAL_SECRETS (names of
 secrets, default huggingface-secret; a judge's key is another), REHEARSAL_POLICIES (environments of policies that the image
-holds; default none). One command at a time may write to a Volume. What the commands do is in `entry.py`.
+holds, default none; policies of others are named and left out). One command at a time may write to a Volume. What the
+commands do is in `entry.py`.
 """
 
 from __future__ import annotations

@@ -45,12 +45,12 @@ rule inspect_episodes:
         " 2>&1 | tee {log}"
 
 
-if flow.recorded:
+rule recorded_data:
+    input:
+        flow.recorded_data,
 
-    rule recorded_data:
-        input:
-            [flow.store(name, split) for name in flow.asked for split in SPLITS],
-            [f"{results}/figures/episodes/{name}/{split}/contact_sheet.png" for name in flow.asked for split in SPLITS],
+
+if flow.recorded:
 
     rule download_dataset:
         input:

@@ -30,6 +30,7 @@ if flow.gathered:
             config=flow.stage("trials"),
             frames=[f"{results}/downloads/first_frames/{task}/frames.json" for task in flow.lists],
             pictures=flow.pictures,
+            sources=flow.trial_sources,
         output:
             f"{results}/trials/trials.json",
         log:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from cloud import entry, modal_app
 from tests.chain import MINI, copy_of
 from workflow_src.common.errors import UserError
 from workflow_src.launch import MISTAKE
+from workflow_src.workflow import checked
 
 TRAIN = {"configfile": "mini.yaml", "subset_names": "tabletop", "batch_size": 4, "max_train_steps": 8, "validate_every": 3,
          "num_gpus": 0}  # fmt: skip
@@ -98,25 +100,55 @@ def test_downloads_go_where_runs_look_for_them(tmp_path):
     assert "unfinished" in entry.list_datasets(tmp_path)
 
 
+def environment(folder: Path, name: str) -> Path:
+    """An environment of the image, as far as anybody looks into it."""
+    python = folder / name / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    return python
+
+
+def test_what_train_writes_is_rolled_out_with_the_policies_of_the_image(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(entry, "POLICIES", tmp_path / "policies")
+    monkeypatch.chdir(tmp_path)  # as in the container
+    pythons = {name: str(environment(entry.POLICIES, name)) for name in ("openvla", "octo")}
+    entry.train(tmp_path, "config/worldgym.yaml", "bridge", 4, 100_000, 2000, 4)
+    run = yaml.safe_load((tmp_path / "bridge.yaml").read_text())
+    run["gpus"]["rollouts"] = {"openvla": 2, "rt_1_x": 2}
+    (tmp_path / "bridge.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
+    capfd.readouterr()
+    order = entry.rollout(tmp_path, "bridge.yaml")
+    assert order.arguments == ["rollouts", "--configfile", "results/bridge/served.yaml"]
+    (said,) = capfd.readouterr().err.splitlines()
+    assert "left out" in said and "spatialvla (spatialvla), rt_1_x (rt1x); name their environments in REHEA" in said
+    config = checked(yaml.safe_load((tmp_path / order.arguments[-1]).read_text())).config
+    assert {name: policy.env for name, policy in config.policies.items()} == {
+        "openvla": pythons["openvla"], "openvla_v01": pythons["openvla"],
+        "octo_base": pythons["octo"], "octo_small": pythons["octo"],
+    }  # fmt: skip
+    assert config.gpus.rollouts == {"openvla": 2} and config.results == "results/bridge"
+
+
 def test_policies_run_in_the_images_environments(tmp_path, monkeypatch):
     monkeypatch.setattr(entry, "POLICIES", tmp_path / "policies")
     policies = {
         "vla": {"adapter": "openvla", "env": "openvla"},
         "own": {"env": "/usr/bin/python3"},
+        "running": {"env": "octo", "endpoint": "ws://127.0.0.1:1"},
         "bc": {"network": "bc"},
     }
-    (tmp_path / "lab.yaml").write_text(yaml.safe_dump({"results": "results/lab", "policies": policies}))
+    alone = {"policies": {"vla": policies["vla"]}}
+    (tmp_path / "alone.yaml").write_text(yaml.safe_dump(alone))
     with pytest.raises(
-        UserError, match=r"policies\.vla\.env: 'openvla' is not in this image; name it in REHEARSAL_POL"
+        UserError, match=r"policies: the image has the environment of none: vla \(openvla\); name their"
     ):
-        entry.rank(tmp_path, "lab.yaml")
-    python = tmp_path / "policies" / "openvla" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.touch()
+        entry.rank(tmp_path, "alone.yaml")
+    (tmp_path / "lab.yaml").write_text(yaml.safe_dump({"results": "results/lab", "policies": policies}))
+    python = environment(entry.POLICIES, "openvla")
     order = entry.rank(tmp_path, "lab.yaml")
     assert order.results == "results/lab" and order.arguments[0] == "results/lab/tables/policy_ranking.csv"
-    assert order.arguments[-1] == f"policies={json.dumps({'vla': {'env': str(python)}})}"
-    assert entry.rollout(tmp_path, "lab.yaml").arguments[0] == "rollouts"
+    served = yaml.safe_load((tmp_path / order.arguments[-1]).read_text())["policies"]
+    assert served == policies | {"vla": policies["vla"] | {"env": str(python)}}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from cloud.images import dockerfiles, workflow_requirements
+from workflow_src.policies import serve
 from workflow_src.workflow import ROOT
 
 IMAGES = sorted(path.stem for path in (ROOT / "docker").glob("*.Dockerfile"))
@@ -96,6 +97,15 @@ def test_the_code_that_is_copied_suffices(image, tmp_path):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_documented_container_of_a_policy_waits_for_its_run(monkeypatch):
+    """However long: with --config, a server otherwise ends by itself when nobody comes."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"^docker run .* rehearsal-openvla (.*)$", text, re.M)
+    monkeypatch.setattr(sys, "argv", ["serve", *shlex.split(line)])
+    options = serve.arguments()
+    assert options.policy == "openvla" and options.connect_deadline == options.idle_limit == float("inf")
 
 
 def test_the_kubernetes_job_fits_the_image():

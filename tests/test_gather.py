@@ -12,6 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.chain import MINI, run
 from tests.loopback import serving
 from tests.stores import frames_of, make_store
 from workflow_src.common.config import load_stage
@@ -234,6 +235,36 @@ def load_stage_trials(**fields):
     from workflow_src.common.sections import Trials
 
     return from_dict(Trials, fields)
+
+
+def test_a_changed_suite_is_gathered_again(tmp_path, suite):
+    """What it says, not how: comments and the order of its tasks rerun nothing."""
+    save(tmp_path / "pictures" / "carrot" / "a.png", gradient(SIZE, SIZE))
+    mapping = yaml.safe_load(MINI.read_text()) | {"lab": {"scene": "none", "tasks": ["carrot"], "image_size": SIZE}}
+    mapping |= {"trials": {"root": str(tmp_path / "pictures"), "suites": [suite]}, "policies": {}}
+    mapping["world_model"] |= {"own_frames": {"share": 0.0}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(mapping))
+
+    def gather_trials():
+        run(tmp_path / "run", "results/trials/trials.json", config=tmp_path / "config.yaml")
+        (trial,) = load_trials(tmp_path / "run" / "results" / "trials")
+        return trial.instruction, (tmp_path / "run" / "results" / "trials" / "trials.json").stat().st_mtime_ns
+
+    first, made = gather_trials()
+    tasks = dict(reversed(SUITE["tasks"].items()))
+    Path(suite).write_text("# ours\n" + yaml.safe_dump(SUITE | {"tasks": tasks}, sort_keys=False))
+    assert gather_trials() == (first, made) and first == "put carrot on plate"
+    tasks["carrot"] = {"instruction": "eat the carrot"}
+    Path(suite).write_text(yaml.safe_dump(SUITE | {"tasks": tasks}, sort_keys=False))
+    assert gather_trials()[0] == "eat the carrot"
+
+
+def test_trials_depend_on_the_table_of_their_store(tmp_path):
+    store = store_of(tmp_path / "s", "lift it")
+    lab = {"scene": "none", "tasks": [], "embodiment": "widowx"}
+    for given in (store, store / "episodes.parquet"):
+        flow = checked({"lab": lab, "trials": {"store": str(given)}})
+        assert flow.trial_sources == [str(store / "episodes.parquet")]
 
 
 def test_episodes_stand_in_and_say_so(tmp_path, suite):

@@ -66,6 +66,21 @@ def test_one_set_can_be_asked_for():
         checked(configured("viola") | {"dataset": "bridge_v3"})
 
 
+def test_nothing_to_fetch_is_one_line(tmp_path):
+    """Neither without a registered set nor for one that is there: `episodes.stores` has it."""
+    for split in ("train", "test"):
+        (tmp_path / "viola" / split).mkdir(parents=True)
+        (tmp_path / "viola" / split / "episodes.parquet").touch()
+    mapping = configured("viola")
+    mapping["episodes"]["stores"] = {"viola": str(tmp_path / "viola")}
+    with pytest.raises(UserError, match=r"dataset: 'viola' is there already \(episodes\.stores\)"):
+        checked(mapping | {"dataset": "viola"})
+    done = run(tmp_path / "run", "-n", "recorded_data", config=write(tmp_path, mapping), check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
+    (message,) = errors(done)
+    assert message.startswith("error: world_model.data: names no registered data set besides those in episodes.stores")
+
+
 def test_sets_are_fetched_or_copied_converted_and_trained_on(tmp_path):
     """One of one's own from the network, beside small copies of every schema that is registered; without a lab."""
     source = make_source(tmp_path / "source")

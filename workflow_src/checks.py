@@ -88,9 +88,7 @@ def _check_lab(config: Config) -> None:
 def _check_data(config: Config) -> None:
     own, stores = config.episodes.dataset, config.episodes.stores
     for name in (own, *stores):
-        path = "episodes.dataset" if name == own else f"episodes.stores.{name}"
-        if not re.fullmatch(FILE_NAME, name):
-            raise UserError(f"{path}: {name!r} is not usable as a file name; use letters, digits, '_', '-' and '.'")
+        _check_file_name("episodes.dataset" if name == own else f"episodes.stores.{name}", name)
     if own in stores:
         raise UserError(f"episodes.stores.{own}: is what the lab's data set is called (episodes.dataset); rename one")
     for name in stores:
@@ -136,6 +134,10 @@ def _check_recorded(config: Config, registered: Iterable[str]) -> None:
         raise UserError(f"episodes.recorded.max_rejected: {recorded.max_rejected} is not a fraction from 0 to below 1")
     if config.dataset != "all":
         check_name("dataset", config.dataset, ["all", *registered])
+        if config.dataset in config.episodes.stores:
+            raise UserError(
+                f"dataset: {config.dataset!r} is there already (episodes.stores); remove it there to fetch it"
+            )
     if recorded.stream and recorded.tensorflow:
         raise UserError("episodes.recorded.stream: TensorFlow reads files; leave out stream or tensorflow")
     if recorded.tensorflow:

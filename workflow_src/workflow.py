@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,15 @@ class Workflow:
         """The registered data sets that `recorded_data` makes."""
         return [name for name in self.recorded if self.config.dataset in ("all", name)]
 
+    @property
+    def recorded_data(self) -> list[str] | Callable:
+        """Their stores and a page of each; without any, what ends Snakemake when recorded data is asked for."""
+        if not self.asked:
+            return _nothing_to_fetch
+        sets = [(name, split) for name in self.asked for split in SPLITS]
+        pages = [f"{self.results}/figures/episodes/{name}/{split}/contact_sheet.png" for name, split in sets]
+        return [*(self.store(name, split) for name, split in sets), *pages]
+
     def source(self, dataset: str) -> str:
         """A registered data set as its authors publish it: folder of a copy that is here, or of the download, or address."""
         recorded, entry = self.config.episodes.recorded, self.recorded[dataset]
@@ -117,9 +126,7 @@ class Workflow:
             there = self.recorded[dataset].stored_splits()
             name = next(name for name in SPLITS.get(split, (split,)) if name in there)
             return f"{self.results}/episodes/{dataset}/{name}/episodes.parquet"
-        folder = split_folder(self.config, dataset, split)
-        table = folder / "episodes.parquet"
-        return str(table if table.is_file() else folder)
+        return _table_of(split_folder(self.config, dataset, split))
 
     @property
     def recording(self) -> str | Callable:
@@ -145,6 +152,15 @@ class Workflow:
         wanted = (*SUFFIXES, ".json")
         found = root.glob("*/*") if self.config.trials.root else ()
         return sorted(str(path) for path in found if path.suffix.lower() in wanted and path.name[0] != ".")
+
+    @property
+    def trial_sources(self) -> list[str]:
+        """What else trials are made of: the tasks of the suites, and the store of episodes (its table, where it has one)."""
+        store = self.config.trials.store
+        return [
+            *([self.stage("suites")] if self.config.trials.suites else []),
+            *([_table_of(Path(store))] if store else []),
+        ]
 
     @property
     def worlds(self) -> tuple[str, ...]:
@@ -254,8 +270,18 @@ class Workflow:
         write_if_changed(f"{self.results}/run_config.yaml", text)
         for name, entry in self.recorded.items():
             write_if_changed(self.stage(f"datasets/{name}"), json.dumps({name: entry_dict(entry)}, indent=1) + "\n")
+        if self.config.trials.suites:
+            # Not the files themselves: their comments and the order of their tasks decide nothing.
+            tasks = {name: asdict(task) for name, task in sorted(tasks_of(self.config.trials.suites).items())}
+            write_if_changed(self.stage("suites"), json.dumps(tasks, indent=1) + "\n")
         for name, sections in _stages(self.config).items():
             write_stage(f"{self.results}/config", name, self.config, sections)
+
+
+def _table_of(store: Path) -> str:
+    """A store's table, or what was given where it is that already or has none."""
+    table = store / "episodes.parquet"
+    return str(table if table.is_file() else store)
 
 
 def _environment(name: str) -> str | None:
@@ -369,6 +395,14 @@ def _nothing_to_record(wildcards: Any) -> None:
     _end(UserError(
         "lab.scene: is none, so there is no lab to record episodes in, which a tokenizer, a world model or a judge would "
         "learn from; roll out (target `rollouts`), or choose a scene"
+    ))  # fmt: skip
+
+
+def _nothing_to_fetch(wildcards: Any) -> None:
+    """The input of the rule that fetches and converts registered data sets."""
+    _end(UserError(
+        "world_model.data: names no registered data set besides those in episodes.stores, so there is nothing to fetch; "
+        "name one there, or by --config dataset=NAME"
     ))  # fmt: skip
 
 
