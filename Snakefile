@@ -12,7 +12,14 @@ from snakemake.utils import min_version
 min_version("9.20")
 
 sys.path.insert(0, workflow.basedir)
-from workflow_src.execution import limit_gpus, limit_servers, local_gpus, rollout_retries, shell_prefix
+from workflow_src.execution import (
+    limit_gpus,
+    limit_servers,
+    local_gpus,
+    preflight_command,
+    rollout_retries,
+    shell_prefix,
+)
 from workflow_src.preflight.costs import note_work
 from workflow_src.resources import (
     DAY,
@@ -82,8 +89,9 @@ rule all:
 
 # What the default target would run, why, what it would cost and what is missing: the same as `make preflight`.
 rule preflight:
+    localrule: True
     shell:
-        f"python -m workflow_src.preflight --configfile {results}/run_config.yaml"
+        preflight_command(workflow, results)
 
 
 include: "rules/episodes.smk"

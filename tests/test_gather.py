@@ -273,6 +273,8 @@ def test_episodes_stand_in_and_say_so(tmp_path, suite):
         tmp_path, store=str(store), suites=[suite], per_task=3, lab={"tasks": ["carrot", "two_cups", "other_words"]}
     )
     assert [name.partition("/")[0] for name in found] == ["carrot"] * 3 + ["other_words"] * 3 + ["two_cups"]
+    counts = suites.trial_counts(load_stage_trials(store=str(store), suites=(suite,), per_task=3))
+    assert counts == {"carrot": 3, "other_words": 3, "two_cups": 1, "from_a_list": None, "words_for_the_list": None}
     assert found["two_cups/blue_000004"].source == "stand-in: bridge, episode 4"
     assert {trial.instruction for trial in found.values()} == {
         "put carrot on plate",
@@ -285,6 +287,8 @@ def test_trials_of_a_store_are_its_first_frames_stratified_by_task(tmp_path):
     store = store_of(tmp_path / "s", *["Put it down!"] * 5, "", "lift it", "lift it")
     found = gathered(tmp_path, store=str(store), per_task=2)
     assert [name.partition("/")[0] for name in found] == ["lift_it"] * 2 + ["put_it_down"] * 2
+    counts = suites.trial_counts(load_stage_trials(store=str(store), per_task=2))
+    assert counts == {"lift_it": 2, "put_it_down": 2}
     assert found["lift_it/000006"].source == "s, episode 6" and found["lift_it/000006"].instruction == "lift it"
     from workflow_src.episodes.store import EpisodeStore
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import shlex
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +17,10 @@ import yaml
 
 from tests.chain import MINI, ROOT
 from workflow_src.common.config import from_dict
+from workflow_src.common.errors import UserError
 from workflow_src.common.sections import Config
+from workflow_src.execution import preflight_command
+from workflow_src.launch import only_run
 from workflow_src.preflight import costs, needs
 from workflow_src.preflight.__main__ import preflight
 from workflow_src.preflight.dry_run import Job, _complaint, in_order, parse
@@ -145,12 +152,12 @@ def test_everything_that_is_missing_is_named_at_once(tmp_path, monkeypatch):
         "policies.act.checkpoint: downloads/act/model is not there",
         "judges.vlm.gpt.key_env: environment variable ABSENT_KEY is not set; export the key for "
         "https://api.openai.com/v1, or name another variable",
-        "environment lerobot (of act): is made only with --use-conda; add it, or name a Python interpreter as env",
+        "environment lerobot (policies.act.env): is used only with --use-conda; add it, or name a Python interpreter instead",
         "trials.root: frames: no pictures for lift, which a .json there describes",
     ]
     said = found.text()
     assert "ok       trials.suites: bridge_17: no first frames for " in said
-    assert "not measured yet: ask_vlm, calibrate_vlm" in said and "at least " in said and "API cost" in said
+    assert "time not known: ask_vlm, calibrate_vlm" in said and "at least " in said and "API cost" in said
     assert said.endswith("not ready: 4 thing(s) missing")
 
 
@@ -194,6 +201,56 @@ def test_runs_of_this_folder_teach_the_estimates(tmp_path, monkeypatch):
     assert costs.Estimator(config, 2).cost(Job("train_judge", gpus=1)).seconds == before  # a GPU is another machine
 
 
+def test_trials_are_counted_where_they_come_from(tmp_path, monkeypatch):
+    """Pictures that a suite describes count without a json beside them; a public list says only later how many it has."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("lift/a.png", "lift/b.jpg", "lift/a.json", "push/a.png"):
+        Path("frames", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("frames", name).touch()
+    lifts = {"tasks": {"lift": {"instruction": "lift it"}, "push": {"instruction": "push it"}}}
+    own, listed = str(tmp_path / "own.yaml"), str(tmp_path / "listed.yaml")
+    Path(own).write_text(yaml.safe_dump(lifts))
+    Path(listed).write_text(yaml.safe_dump({"tasks": {"pour": {"list": "https://example.org/frames"}}}))
+    settings = {
+        "lab": {"scene": "none"}, "rollouts": {"repeats": 2}, "policies": {"p": {}},
+        "judges": {"vlm": {"gpt": {"model": "m", "price_input": 1.0, "price_output": 1.0, "worlds": ["world_model"]}}},
+    }  # fmt: skip
+
+    def estimates(suites: list[str]) -> tuple[float, costs.Cost, costs.Cost]:
+        config = from_dict(Config, settings | {"trials": {"root": str(tmp_path / "frames"), "suites": suites}})
+        config = replace(config, lab=replace(config.lab, tasks=()))
+        estimator = costs.Estimator(config, 2)
+        rolled, asked = Job("roll_out", wildcards={"policy": "p"}), Job("ask_vlm", wildcards={"vlm": "gpt"})
+        return costs.rollouts(config), estimator.cost(rolled), estimator.cost(asked)
+
+    count, rolled, asked = estimates([own])
+    assert count == 2 * 3 and rolled.seconds > 0 and asked.money > 0
+    count, rolled, asked = estimates([own, listed])
+    assert math.isnan(count) and rolled == costs.Cost(None, None) and asked.money is None
+    (row,) = stages([Job("ask_vlm")], [asked])
+    said = Preflight("all", 2, [row], 0.0, 0, [], [], False).text()
+    assert "API cost" in said and "?" in said.splitlines()[2] and "time not known: ask_vlm" in said
+
+
+def test_work_that_is_not_known_is_not_noted(tmp_path, monkeypatch):
+    """Data sets of others have splits of the same names as the lab's."""
+    monkeypatch.chdir(tmp_path)
+    config = from_dict(Config, yaml.safe_load(MINI.read_text()))
+
+    def noted(dataset: str) -> dict:
+        job = SimpleNamespace(
+            rule=SimpleNamespace(name="cache_latents"), wildcards={"dataset": dataset, "split": "train"},
+            resources={"gpu": 0}, benchmark="b.jsonl",
+        )  # fmt: skip
+        costs.note_work(config, [job])
+        return json.loads(Path(config.results, "state", "work.json").read_text())
+
+    assert noted(config.episodes.dataset)["b.jsonl"]["units"] > 0
+    assert noted("bridge_v2") == {}
+    job = Job("cache_latents", wildcards={"dataset": "bridge_v2", "split": "train"})
+    assert costs.Estimator(config, 2).cost(job) == costs.Cost(None, None)
+
+
 @pytest.mark.parametrize(
     ("memory", "gpus", "fits"), [(80.0, 1, True), (16.0, 1, False), (16.0, 2, True), (12.0, 2, False)]
 )
@@ -203,8 +260,78 @@ def test_declared_memory_must_fit(monkeypatch, memory, gpus, fits):
     assert policy == 15 and 1 < model < 16
     monkeypatch.setattr(needs, "visible_gpus", lambda: ["GPU-a", "GPU-b"])
     monkeypatch.setattr(needs, "gpu_memory", lambda: {"GPU-a": memory, "GPU-b": 141.0})
-    found = list(needs._gpus(config, [Job("roll_out", wildcards={"policy": "vla"}, gpus=gpus)], ""))
+    found = list(needs._gpus(config, [Job("roll_out", wildcards={"policy": "vla"}, gpus=gpus)], ["vla"], ""))
     assert all(need.there for need in found) == fits, found
+
+
+@pytest.mark.parametrize(
+    ("visible", "missing"),
+    [
+        (["GPU-a", "GPU-b", "GPU-c"], []),
+        (["GPU-a", "GPU-b"], ["gpus.rollouts.vla: 3 are asked for, 2 visible; ask for fewer"]),
+        (
+            ["MIG-a", "MIG-b", "MIG-c"],
+            [
+                f"gpus.{key} are asked for, but a process can use only one instance of a split GPU (MIG); ask for 1"
+                for key in ("world_model: 2", "rollouts.vla: 3")
+            ],
+        ),
+        ([], []),
+    ],
+)
+def test_gpus_that_are_asked_for_must_be_visible(monkeypatch, visible, missing):
+    """Those of jobs that would run, as configured: Snakemake has lowered the jobs' own numbers to what there is."""
+    config = from_dict(
+        Config, {"policies": {"vla": {}, "tiny": {}}, "gpus": {"world_model": 2, "judges": 9, "rollouts": {"vla": 3}}}
+    )
+    monkeypatch.setattr(needs, "visible_gpus", lambda: visible)
+    monkeypatch.setattr(needs, "gpu_memory", dict)
+    found = needs._gpus(config, [Job("train_world_model", gpus=1)], ["tiny", "vla"], "")
+    assert [need.text for need in found if not need.there] == missing
+
+
+def test_environments_that_only_conda_knows(monkeypatch):
+    config = from_dict(
+        Config,
+        {"policies": {"mine": {"env": "conda:vla"}}, "episodes": {"recorded": {"tensorflow": "tfds"}}},
+    )
+    text = "is used only with --use-conda; add it, or name a Python interpreter instead"
+    found = [need.text for need in needs._environments(config, {"convert_dataset"}, ["mine"], False)]
+    assert found == [
+        f"environment conda:vla (policies.mine.env): {text}",
+        f"environment tfds (episodes.recorded.tensorflow): {text}",
+    ]
+    assert list(needs._environments(config, {"roll_out"}, [], False)) == []
+    monkeypatch.setattr(needs, "_conda", lambda: needs.Need(True, "conda"))
+    assert list(needs._environments(config, {"convert_dataset"}, ["mine"], True)) == [needs.Need(True, "conda")]
+
+
+def test_tokens_of_servers_are_looked_for(monkeypatch):
+    monkeypatch.delenv("ABSENT_TOKEN", raising=False)
+    config = from_dict(Config, {"policies": {"far": {"endpoint": "wss://far", "token_env": "ABSENT_TOKEN"}}})
+    for rule in ("roll_out", "examine_policy"):
+        (need,) = needs._keys(config, [Job(rule, wildcards={"policy": "far"})])
+        assert not need.there and "ABSENT_TOKEN is not set" in need.text
+
+
+def test_no_preflight_beside_a_run(tmp_path, monkeypatch):
+    """Its stage files would be those of another configuration."""
+    monkeypatch.chdir(tmp_path)
+    with only_run(), pytest.raises(UserError, match="another run"):
+        look(tmp_path, monkeypatch)
+    assert not Path("results").exists()
+
+
+@pytest.mark.parametrize(
+    ("deployment", "cores", "more"), [(["conda"], 4, ["--cores", "4", "--use-conda"]), ([], None, [])]
+)
+def test_the_rule_asks_as_the_run_would(deployment, cores, more):
+    workflow = SimpleNamespace(
+        deployment_settings=SimpleNamespace(deployment_method=deployment),
+        resource_settings=SimpleNamespace(cores=cores),
+    )
+    words = shlex.split(preflight_command(workflow, "a b").format())
+    assert words == [sys.executable, "-m", "workflow_src.preflight", "--configfile", "a b/run_config.yaml", *more]
 
 
 def test_conda_and_slurm_are_looked_for(tmp_path, monkeypatch):

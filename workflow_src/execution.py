@@ -59,6 +59,15 @@ def manner_variables(config: Config) -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in configured.items()}
 
 
+def preflight_command(workflow: Any, results: str) -> str:
+    """The preflight of what Snakemake's `workflow` would run by default, with its Python, its cores and its use of conda."""
+    command = [sys.executable, "-m", "workflow_src.preflight", "--configfile", f"{results}/run_config.yaml"]
+    cores = workflow.resource_settings.cores
+    command += ["--cores", str(cores)] if cores else []
+    command += ["--use-conda"] if "conda" in map(str, workflow.deployment_settings.deployment_method) else []
+    return _doubled(shlex.join(command))
+
+
 def servers_at_once(cores: int) -> int:
     """How many policies may be served side by side on a machine of `cores`.
 

@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     command += ["--configfile", options.configfile] if options.configfile else []
     command += ["--config", *options.config] if options.config else []
     started = time.time()
-    with _only_run():
+    with only_run():
         _clear_stale_lock(command)
         # Targets follow `--`: `--config` would otherwise swallow them.
         code = _run([*command, *passed, "--", *options.targets])
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
         _show_summary(options, started)
 
 
-class _only_run:
+class only_run:
     """Holds an exclusive lock that Snakemake inherits: it is free only when launcher and Snakemake are both gone."""
 
     def __enter__(self) -> None:
@@ -97,14 +97,20 @@ class _only_run:
 
 def _clear_stale_lock(command: list[str]) -> None:
     """Remove Snakemake's lock after a `kill -9`, but only when no Snakemake works in this directory."""
+    if locks := stale_lock():
+        say("a run was killed here; removing its lock and continuing where it stopped")
+        shutil.rmtree(locks)
+        locks.mkdir()
+
+
+def stale_lock() -> Path | None:
+    """The folder of a lock that a killed Snakemake left. Raises UserError where the one that locked is still at work."""
     locks = Path(".snakemake") / "locks"
     if not locks.is_dir() or not any(locks.iterdir()):
-        return
+        return None
     if others := _snakemakes_here():
         raise UserError(f"Snakemake (process {others[0]}) is at work in {Path.cwd()}; wait for it, or stop it first")
-    say("a run was killed here; removing its lock and continuing where it stopped")
-    shutil.rmtree(locks)
-    locks.mkdir()
+    return locks
 
 
 def _snakemakes_here() -> list[int]:

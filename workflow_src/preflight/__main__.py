@@ -1,4 +1,7 @@
-"""Before a long run: what would run and why, what it would cost, what is missing. Changes nothing.
+"""Before a long run: what would run and why, what it would cost, what is missing. Runs nothing.
+
+Reading the configuration writes its stage files (<results>/run_config.yaml, <results>/config/), as a run would. Jobs read
+those, so there is no preflight while a run is at work in the same folder.
 
 Exit codes: 0 ready, 1 something is missing, 2 a mistake in the configuration or the command, 3 refused: a trained model would
 be thrown away (a training whose result is there would run again), unless --allow-retraining.
@@ -7,6 +10,7 @@ be thrown away (a training whose result is there would run again), unless --allo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -17,10 +21,12 @@ import yaml
 from workflow_src.checks import ROOT
 from workflow_src.common.errors import UserError, run_cli
 from workflow_src.common.gpus import visible_gpus
+from workflow_src.common.sections import Config
+from workflow_src.launch import only_run, stale_lock
 from workflow_src.preflight.costs import Estimator, wall_seconds
 from workflow_src.preflight.dry_run import dry_run
 from workflow_src.preflight.needs import needs, retrained
-from workflow_src.preflight.report import Preflight, stages
+from workflow_src.preflight.report import Preflight, known, stages
 from workflow_src.workflow import checked
 
 EXAMPLES = """examples:
@@ -56,12 +62,13 @@ def preflight(options: argparse.Namespace) -> Preflight:
     cores = options.cores or len(os.sched_getaffinity(0))
     given = ["--configfile", str(options.configfile), *(["--config", *options.config] if options.config else [])]
     given += ["--profile", options.profile] if options.profile else ["--cores", str(cores)]
-    jobs = dry_run(given, options.target)
-    # What Snakemake merged and checked lies where its results go.
-    overrides = dict(item.split("=", 1) for item in options.config)
-    written = yaml.safe_load(options.configfile.read_text(encoding="utf-8")) or {}
-    results = overrides.get("results") or written.get("results", "results")
-    config = checked(yaml.safe_load((Path(results) / "run_config.yaml").read_text(encoding="utf-8"))).config
+    with contextlib.ExitStack() as stack:
+        # By its rule, it is the run at work that asks, and the files are its own.
+        if "REHEARSAL_PARENT" not in os.environ:
+            stack.enter_context(only_run())
+            stale_lock()
+        jobs = dry_run(given, options.target)
+        config = _merged(options)
 
     estimator = Estimator(config, cores)
     costs = [estimator.cost(job) for job in jobs]
@@ -74,10 +81,18 @@ def preflight(options: argparse.Namespace) -> Preflight:
         stages=rows,
         wall=wall_seconds(jobs, seconds, None if options.profile else cores, gpus),
         measured_here=sum(count for _, count in estimator.here.values()),
-        needs=needs(config, jobs, sum(row.bytes for row in rows), options.use_conda, options.profile),
+        needs=needs(config, jobs, known(row.bytes for row in rows), options.use_conda, options.profile),
         retrained=retrained(jobs, Path.cwd()),
         allowed=options.allow_retraining,
     )
+
+
+def _merged(options: argparse.Namespace) -> Config:
+    """What Snakemake merged and checked, which lies where its results go."""
+    overrides = dict(item.split("=", 1) for item in options.config)
+    written = yaml.safe_load(options.configfile.read_text(encoding="utf-8")) or {}
+    results = overrides.get("results") or written.get("results", "results")
+    return checked(yaml.safe_load((Path(results) / "run_config.yaml").read_text(encoding="utf-8"))).config
 
 
 def main() -> None:

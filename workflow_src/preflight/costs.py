@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,16 +13,18 @@ from typing import Any
 import yaml
 
 from workflow_src.analysis.summary import benchmark_seconds
-from workflow_src.checks import ROOT, recorded_sets
+from workflow_src.checks import ROOT, gathered, recorded_sets
 from workflow_src.common.files import write_json
 from workflow_src.common.sections import Config
 from workflow_src.judges.budget import Size
 from workflow_src.preflight.dry_run import Job, prerequisites
+from workflow_src.rollouts.suites import trial_counts
 
 TABLE = ROOT / "benchmarks" / "throughput.yaml"
 FLOP_PER_UNIT = 6e6  # of a training step, per token and million weights
 PROBE_KINDS = 4  # clips that calibration makes of each lab rollout (judges/probes.py)
 PROMPT_CHARACTERS = 2000  # of a vision-language model's prompt, about
+NOT_KNOWN = math.nan  # amount of work; whatever is computed from it is not known either
 Estimate = Callable[[Config, dict[str, str]], float]
 
 
@@ -32,9 +35,12 @@ def _pixels(config: Config) -> float:
     return (config.lab.image_size / 48) ** 2
 
 
-def _frames(config: Config, split: str) -> float:
-    """Frames of a split of the lab's data set; 0 for sets whose size is not known here."""
-    return config.episodes.splits[split].episodes * (config.lab.horizon + 1) if split in config.episodes.splits else 0
+def _frames(config: Config, of: dict[str, str]) -> float:
+    """Frames of a split of the lab's data set. Of others the registry tells episodes at most, but not how long they are."""
+    split = config.episodes.splits.get(of["split"])
+    if split is None or of.get("dataset", config.episodes.dataset) != config.episodes.dataset:
+        return NOT_KNOWN
+    return split.episodes * (config.lab.horizon + 1)
 
 
 def _images(config: Config, training: Any, width: int) -> float:
@@ -67,11 +73,13 @@ def _imagined(config: Config) -> float:
     return forwards * tokens(config) * megaweights(config)
 
 
-def rollouts(config: Config) -> int:
-    """Rollouts of one policy in one world."""
-    root = config.trials.root
-    trials = len(list(Path(root).glob("*/*.json"))) if root else config.trials.per_task * len(config.lab.tasks)
-    return trials * config.rollouts.repeats
+def rollouts(config: Config) -> float:
+    """Rollouts of one policy in one world, as many as `rollouts/gather.py` makes trials; or NOT_KNOWN."""
+    counts: list[int | None] = [config.trials.per_task] * len(config.lab.tasks)
+    if gathered(config):
+        every = config.lab.scene != "none" or not config.lab.tasks
+        counts = [n for task, n in trial_counts(config.trials).items() if every or task in config.lab.tasks]
+    return sum(NOT_KNOWN if count is None else count for count in counts) * config.rollouts.repeats
 
 
 def _worlds(config: Config) -> int:
@@ -83,9 +91,9 @@ def _steps(config: Config, _: dict[str, str]) -> float:
 
 
 UNITS: dict[str, Estimate] = {
-    "record_episodes": lambda config, of: _frames(config, of["split"]) * _pixels(config),
+    "record_episodes": lambda config, of: _frames(config, of) * _pixels(config),
     "train_tokenizer": lambda config, _: _images(config, config.tokenizer.training, config.tokenizer.width),
-    "cache_latents": lambda config, of: _frames(config, of["split"]) * (1 + config.world_model.mirror)
+    "cache_latents": lambda config, of: _frames(config, of) * (1 + config.world_model.mirror)
     * _pixels(config) * config.tokenizer.channels / 16,
     "train_policy_network": lambda config, of: _images(
         config, config.behaviour_cloning[of["network"]].training, config.behaviour_cloning[of["network"]].width
@@ -98,9 +106,10 @@ UNITS: dict[str, Estimate] = {
 }  # fmt: skip
 
 
-def units(config: Config, rule: str, wildcards: dict[str, str]) -> float:
-    """How much work a job is, in its rule's own unit."""
-    return UNITS[rule](config, wildcards) if rule in UNITS else 0.0
+def units(config: Config, rule: str, wildcards: dict[str, str]) -> float | None:
+    """How much work a job is, in its rule's own unit; None where that is not known before it runs."""
+    work = UNITS[rule](config, wildcards) if rule in UNITS else 0.0
+    return None if math.isnan(work) else work
 
 
 # ---- what earlier runs here took ------------------------------------------------------------------------------------
@@ -118,7 +127,9 @@ def note_work(config: Config, jobs: Iterable[Any]) -> None:
         if job.benchmark:
             gpus = int(job.resources.get("gpu") or 0)
             work = units(config, job.rule.name, dict(job.wildcards.items()))
-            known[str(job.benchmark)] = {"rule": job.rule.name, "units": work, "gpus": gpus}
+            known.pop(str(job.benchmark), None)  # of a run before, whose benchmark is overwritten
+            if work is not None:
+                known[str(job.benchmark)] = {"rule": job.rule.name, "units": work, "gpus": gpus}
     write_json(file, known)
 
 
@@ -143,11 +154,11 @@ def recorded(results: str | Path, table: dict[str, Any]) -> dict[tuple[str, bool
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one job. `seconds` None: its rule has never been measured."""
+    """Of one job. None: not known, because its rule has never been measured or how much work it is cannot be told."""
 
     seconds: float | None
-    bytes: float = 0.0
-    money: float = 0.0
+    bytes: float | None = 0.0
+    money: float | None = 0.0
 
 
 class Estimator:
@@ -165,11 +176,12 @@ class Estimator:
         entry = self.table["rules"].get(job.rule)
         money = self._money(job)
         if entry is None:
-            fetched = (
-                recorded_sets(self.config)[job.wildcards["dataset"]].bytes if job.rule == "download_dataset" else 0
-            )
+            download = job.rule == "download_dataset"
+            fetched = recorded_sets(self.config)[job.wildcards["dataset"]].bytes or None if download else 0.0
             return Cost(None, fetched, money)
         work = units(self.config, job.rule, job.wildcards)
+        if work is None:
+            return Cost(None, None if "bytes" in entry else 0.0, money)
         seconds = entry["start"] + entry.get("rate", 0.0) * work
         if (job.rule, job.gpus > 0) in self.here:
             seconds *= self.here[job.rule, job.gpus > 0][0]
@@ -199,7 +211,7 @@ class Estimator:
             return megaweights(self.config) * 1e6 * 4 * (4 * model.training.keep + 1)
         return entry.get("bytes", 0.0) * work
 
-    def _money(self, job: Job) -> float:
+    def _money(self, job: Job) -> float | None:
         if job.rule not in ("ask_vlm", "calibrate_vlm"):
             return 0.0
         settings = self.config.judges.vlm[job.wildcards["vlm"]]
@@ -207,7 +219,10 @@ class Estimator:
         if job.rule == "calibrate_vlm":
             clips = self.config.judges.probes * PROBE_KINDS
         size = Size(1, settings.frames + 2, PROMPT_CHARACTERS)
-        return clips * settings.votes * size.cost(settings)
+        price = settings.votes * size.cost(settings)
+        if not price:
+            return 0.0
+        return None if math.isnan(clips) else clips * price
 
 
 def wall_seconds(jobs: Sequence[Job], seconds: Sequence[float], cores: int | None, gpus: int) -> float:

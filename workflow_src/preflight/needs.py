@@ -13,25 +13,31 @@ from pathlib import Path
 
 import yaml
 
-from workflow_src.checks import ROOT, gathered, recorded_sets
+from workflow_src.checks import EXISTING, ROOT, gathered, recorded_sets
 from workflow_src.common.errors import UserError
 from workflow_src.common.gpus import visible_gpus
 from workflow_src.common.sections import Config
 from workflow_src.judges.transport import find_key
 from workflow_src.preflight.costs import TABLE, megaweights
 from workflow_src.preflight.dry_run import Job
+from workflow_src.resources import gpus_of_policy
 from workflow_src.rollouts.suites import PICTURES, left_out, origins, pictures
 from workflow_src.world_model.published import is_address
 
 CONDA = (24, 7, 1)  # what Snakemake 9 asks for
 PATIENCE = 20  # seconds for a command that asks a cluster or a driver
 HUB = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
+GPUS = {  # rule → the kind of job under `gpus`, of rules without a policy that may take several
+    "train_tokenizer": "tokenizer", "cache_latents": "latents", "train_world_model": "world_model",
+    "train_policy_network": "behaviour_cloning", "train_judge": "judges", "judge_rollouts": "judges",
+    "calibrate_judges": "judges", "judge_corrupted": "judges",
+}  # fmt: skip
 TRAININGS = ("train_tokenizer", "train_world_model", "train_policy_network", "train_judge")
 
 
 @dataclass(frozen=True)
 class Need:
-    """One thing that a run needs. Without those that are not `there` it would fail."""
+    """One thing that a run needs. Without those that are not `there` it would fail, or not be as configured."""
 
     there: bool
     text: str
@@ -47,8 +53,8 @@ def needs(config: Config, jobs: Sequence[Job], size: float, conda: bool, profile
     rules = {job.rule for job in jobs}
     served = sorted({job.wildcards["policy"] for job in jobs if job.rule in ("serve_policy", "examine_policy")})
     found = [*_data(config, rules), *_weights(config, rules, served), *_keys(config, jobs)]
-    found += [*_environments(config, served, conda), *_first_frames(config, rules), *_gpus(config, jobs, profile)]
-    return [*found, *_slurm(profile), _disk(config, size)]
+    found += [*_environments(config, rules, served, conda), *_first_frames(config, rules)]
+    return [*found, *_gpus(config, jobs, served, profile), *_slurm(profile), _disk(config, size)]
 
 
 def _data(config: Config, rules: set[str]) -> Iterator[Need]:
@@ -96,24 +102,27 @@ def _keys(config: Config, jobs: Sequence[Job]) -> Iterator[Need]:
             find_key(name, config.judges.vlm[name])
         except UserError as error:
             yield Need(False, str(error))
-    for name in sorted({job.wildcards["policy"] for job in jobs if job.rule == "roll_out"}):
+    for name in sorted({job.wildcards["policy"] for job in jobs if job.rule in ("roll_out", "examine_policy")}):
         variable = config.policies[name].token_env
         if variable and variable not in os.environ:
             yield Need(False, f"policies.{name}.token_env: environment variable {variable} is not set")
 
 
-def _environments(config: Config, served: Sequence[str], conda: bool) -> Iterator[Need]:
+def _environments(config: Config, rules: set[str], served: Sequence[str], conda: bool) -> Iterator[Need]:
     if conda:
         yield _conda()
-    for env in sorted({config.policies[name].env for name in served}):
-        names = [name for name in served if config.policies[name].env == env]
+    asked = {f"policies.{name}.env": config.policies[name].env for name in served}
+    if "convert_dataset" in rules and config.episodes.recorded.tensorflow:
+        asked["episodes.recorded.tensorflow"] = config.episodes.recorded.tensorflow
+    for env in sorted(set(asked.values())):
+        keys = [key for key, value in asked.items() if value == env]
         if "/" in env:
             continue  # an interpreter, which the configuration's own check has found
-        if not (ROOT / "envs" / f"{env}.yaml").is_file():
-            yield Need(False, f"policies.{names[0]}.env: there is no envs/{env}.yaml")
+        if not env.startswith(EXISTING) and not (ROOT / "envs" / f"{env}.yaml").is_file():
+            yield Need(False, f"{keys[0]}: there is no envs/{env}.yaml")
         elif env != "tabletop" and not conda:
-            text = "is made only with --use-conda; add it, or name a Python interpreter as env"
-            yield Need(False, f"environment {env} (of {', '.join(names)}): {text}")
+            text = "is used only with --use-conda; add it, or name a Python interpreter instead"
+            yield Need(False, f"environment {env} ({', '.join(keys)}): {text}")
 
 
 def _conda() -> Need:
@@ -178,7 +187,7 @@ def declared_memory(config: Config, policy: str) -> tuple[float, float]:
     return table.get(config.policies[policy].adapter, {}).get("memory", 0.0), model
 
 
-def _gpus(config: Config, jobs: Sequence[Job], profile: str) -> Iterator[Need]:
+def _gpus(config: Config, jobs: Sequence[Job], served: Sequence[str], profile: str) -> Iterator[Need]:
     if profile:
         return  # the cluster's nodes have others
     visible, memory = visible_gpus(), gpu_memory()
@@ -187,9 +196,8 @@ def _gpus(config: Config, jobs: Sequence[Job], profile: str) -> Iterator[Need]:
     yield Need(
         True, f"GPUs: {len(visible)} visible{size}" if visible else "GPUs: none visible; everything runs on the CPU"
     )
-    most = max((job.gpus for job in jobs), default=0)
-    if visible and most > len(visible):
-        yield Need(False, f"GPUs: a job asks for {most}, {len(visible)} are visible")
+    if visible:
+        yield from _too_many(_asked(config, {job.rule for job in jobs}, served), visible)
     for job in {job.wildcards["policy"]: job for job in jobs if job.rule == "roll_out"}.values():
         name = job.wildcards["policy"]
         policy, model = declared_memory(config, name)
@@ -200,6 +208,25 @@ def _gpus(config: Config, jobs: Sequence[Job], profile: str) -> Iterator[Need]:
                 f"GPU memory: policy {name} ({policy:.0f} GB) and world model ({model:.0f} GB) need {needed:.0f} GB of a GPU, "
                 f"which has {smallest:.0f}; give them more GPUs, or a smaller rollouts.batch",
             )
+
+
+def _asked(config: Config, rules: set[str], served: Sequence[str]) -> dict[str, int]:
+    """Key of the configuration → GPUs. Not from the jobs, for which Snakemake lowers the number to what there is."""
+    found = {f"gpus.{kind}": getattr(config.gpus, kind) for rule, kind in GPUS.items() if rule in rules}
+    for name in served:
+        key = f"gpus.rollouts.{name}" if isinstance(config.gpus.rollouts, dict) else "gpus.rollouts"
+        found[key] = gpus_of_policy(config, name)
+    return found
+
+
+def _too_many(asked: dict[str, int], visible: Sequence[str]) -> Iterator[Need]:
+    split = any(device.startswith("MIG-") for device in visible)
+    for key, count in asked.items():
+        if count > 1 and split:
+            text = "a process can use only one instance of a split GPU (MIG); ask for 1"
+            yield Need(False, f"{key}: {count} are asked for, but {text}")
+        elif count > len(visible):
+            yield Need(False, f"{key}: {count} are asked for, {len(visible)} visible; ask for fewer")
 
 
 def _slurm(profile: str) -> Iterator[Need]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from textwrap import shorten
 from typing import Any
@@ -23,10 +23,11 @@ class Stage:
     rule: str
     jobs: int
     why: str  # Snakemake's reason, the strongest among the jobs'
-    seconds: float | None  # summed; None: never measured
-    gpu_hours: float
-    bytes: float
-    money: float
+    # Summed over the jobs; None: not known of all.
+    seconds: float | None
+    gpu_hours: float | None
+    bytes: float | None
+    money: float | None
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Preflight:
             + (f"of {self.measured_here} earlier jobs here and of benchmarks/throughput.yaml" if self.measured_here
                else "of benchmarks/throughput.yaml, measured elsewhere")
         )  # fmt: skip
-        lines += [f"not measured yet: {', '.join(unknown)}"] if unknown else []
+        lines += [f"time not known: {', '.join(unknown)}"] if unknown else []
         lines += [f"  {'ok     ' if need.there else 'MISSING'}  {need.text}" for need in self.needs]
         for job in self.retrained:
             mark, reason = "again  " if self.allowed else "REFUSED", shorten(job.reason, REASON, placeholder=" …")
@@ -91,35 +92,44 @@ def stages(jobs: Sequence[Job], costs: Sequence[Cost]) -> list[Stage]:
     rows = []
     for rule in dict.fromkeys(job.rule for job in jobs if not job.service):
         own = [(job, cost) for job, cost in zip(jobs, costs) if job.rule == rule]
-        measured = [cost.seconds for _, cost in own if cost.seconds is not None]
         causes = [cause for job, _ in own for cause in job.causes[:1]]
         rows.append(Stage(
             rule, len(own), max(set(causes), key=causes.count) if causes else "",
-            sum(measured) if len(measured) == len(own) else None,
-            sum((cost.seconds or 0.0) * job.gpus / 3600 for job, cost in own),
-            sum(cost.bytes for _, cost in own), sum(cost.money for _, cost in own),
+            _sum(cost.seconds for _, cost in own),
+            _sum(None if cost.seconds is None else cost.seconds * job.gpus / 3600 for job, cost in own if job.gpus),
+            _sum(cost.bytes for _, cost in own), _sum(cost.money for _, cost in own),
         ))  # fmt: skip
     return rows
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    """None if one of them is."""
+    found = list(values)
+    return None if None in found else sum(found)
+
+
+def known(values: Iterable[float | None]) -> float:
+    """The sum of those that are known."""
+    return sum(value for value in values if value is not None)
 
 
 def _table(rows: Sequence[Stage]) -> list[str]:
     """Aligned columns; those of GPU hours and money only where there are any."""
     shown = {
-        "GPU h": any(row.gpu_hours for row in rows),
-        "API cost": any(row.money for row in rows),
+        "GPU h": any(row.gpu_hours != 0 for row in rows),
+        "API cost": any(row.money != 0 for row in rows),
     }
     heads = ["stage", "jobs", "time", "disk", *(name for name, some in shown.items() if some), "why"]
-    known = [row.seconds for row in rows if row.seconds is not None]
     total = Stage(
-        "all", sum(row.jobs for row in rows), "", sum(known), sum(row.gpu_hours for row in rows),
-        sum(row.bytes for row in rows), sum(row.money for row in rows),
+        "all", sum(row.jobs for row in rows), "", known(row.seconds for row in rows),
+        known(row.gpu_hours for row in rows), known(row.bytes for row in rows), known(row.money for row in rows),
     )  # fmt: skip
     cells = [heads]
     for row in [*rows, total]:
-        more = [f"{row.gpu_hours:.2f}"] if shown["GPU h"] else []
-        more += [f"{row.money:.2f}"] if shown["API cost"] else []
-        time = "?" if row.seconds is None else clock(row.seconds)
-        cells.append([row.rule, str(row.jobs), time, _size(row.bytes), *more, row.why])
+        counts = [_or_unknown(row.seconds, clock), _or_unknown(row.bytes, _size)]
+        counts += [_or_unknown(row.gpu_hours, "{:.2f}".format)] if shown["GPU h"] else []
+        counts += [_or_unknown(row.money, "{:.2f}".format)] if shown["API cost"] else []
+        cells.append([row.rule, str(row.jobs), *counts, row.why])
     widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
     last = len(heads) - 1
     return [
@@ -129,6 +139,10 @@ def _table(rows: Sequence[Stage]) -> list[str]:
         ).rstrip()
         for row in cells
     ]
+
+
+def _or_unknown(value: float | None, written: Callable[[float], str]) -> str:
+    return "?" if value is None else written(value)
 
 
 def _size(count: float) -> str:

@@ -105,9 +105,9 @@ class Gatherer:
         table, store = suites.read_instructions(self.trials.store), EpisodeStore(self.trials.store)
         members = suites.store_tasks(table, self.asked)[shown]
         name = Path(self.trials.store).name
-        for place, (prefix, rows) in enumerate(sorted(members.items())):
-            share = len(range(place, self.trials.per_task, len(members)))
-            chosen = rng(self.seed, "store", task, prefix).permutation(len(rows))[:share]
+        for prefix, count in suites.drawn(members, self.trials.per_task).items():
+            rows = members[prefix]
+            chosen = rng(self.seed, "store", task, prefix).permutation(len(rows))[:count]
             for row in sorted(rows[i] for i in chosen):
                 index = int(table["index"][row])
                 stem = f"{prefix}_{index:06d}".strip("_")

@@ -181,6 +181,27 @@ def store_tasks(table: pd.DataFrame, asked: dict[str, Task]) -> dict[str, dict[s
     return found
 
 
+def drawn(members: dict[str, list[int]], per_task: int) -> dict[str, int]:
+    """Variant → how many of a task's `members` in a store become trials: `per_task`, evenly, where there are so many."""
+    return {
+        prefix: min(len(members[prefix]), len(range(place, per_task, len(members))))
+        for place, prefix in enumerate(sorted(members))
+    }
+
+
+@cache
+def trial_counts(trials: Trials) -> dict[str, int | None]:
+    """Task → how many trials it will have; None for a public list, which says so only when it is fetched."""
+    members = store_tasks(read_instructions(trials.store), tasks_of(trials.suites)) if trials.store else {}
+    found: dict[str, int | None] = {}
+    for task, (kind, shown) in origins(trials).items():
+        if kind == PICTURES:
+            found[task] = len(pictures(trials.root, shown))
+        else:
+            found[task] = None if kind == LIST else sum(drawn(members[shown], trials.per_task).values())
+    return found
+
+
 def file_name(instruction: str) -> str:
     """An instruction as a name of files: "Put the Pot down!" → "put_the_pot_down"."""
     return re.sub(r"[^a-z0-9]+", "_", instruction.lower()).strip("_")[:80]
