@@ -21,6 +21,7 @@ STATISTICS = (
     "resampling.py",
     "rows.py",
     "statistics.py",
+    "study.py",
     "tables.py",
 )
 

@@ -9,6 +9,7 @@ import pytest
 from tests import analysis_data as data
 from workflow_src.analysis import calibration, correction, records, tables
 from workflow_src.analysis.correction import NO_LABELS, correct_policies, corrected, corrected_interval, stratified
+from workflow_src.analysis.study import open_study
 from workflow_src.common.config import load_stage
 
 # ---- formulas -------------------------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ def with_labels(table, per_cell, flip=None, weights=True):
 
 def study_of(folder, table):
     files = data.write_run(folder / "results", table)
-    return tables.open_study(load_stage(data.stage_file(folder)), records.load_judgements(files["judgements"]))
+    return open_study(load_stage(data.stage_file(folder)), records.load_judgements(files["judgements"]))
 
 
 def test_the_ranking_is_corrected_where_people_have_labelled(tmp_path):

@@ -20,6 +20,7 @@ from PIL import Image
 from tests import analysis_data as data
 from workflow_src.analysis import comparisons, contact_sheet, figures, gallery, pairs, records, style, tables
 from workflow_src.analysis.report import write_report
+from workflow_src.analysis.study import open_study
 from workflow_src.common.config import load_stage
 from workflow_src.common.errors import UserError
 from workflow_src.common.video import read_video
@@ -35,7 +36,7 @@ def finished(tmp_path_factory):
     files = data.write_run(folder, data.judgements(per_task=3), videos=True)
     files["config"] = data.stage_file(folder)
     stage = load_stage(files["config"])
-    study = tables.open_study(stage, records.load_judgements(files["judgements"]))
+    study = open_study(stage, records.load_judgements(files["judgements"]))
     compared = tables.comparison_table(study)
     made = {"policy_ranking": comparisons.add_groups(tables.ranking(study), compared), "comparisons": compared,
             "per_task": tables.per_task(study), "agreement": tables.agreement_table(study),

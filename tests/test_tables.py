@@ -10,7 +10,8 @@ import pytest
 
 from tests import analysis_data as data
 from tests.chain import ROOT
-from workflow_src.analysis import records, scatter, summary, tables
+from workflow_src.analysis import cells, records, scatter, summary, tables
+from workflow_src.analysis.study import family, open_study
 from workflow_src.common.config import load_stage
 from workflow_src.common.errors import UserError
 from workflow_src.common.sections import Policy
@@ -22,7 +23,7 @@ def study(folder, table, **options):
     """A `Study` of in-memory judgements, read back through files."""
     files = data.write_run(folder / "results", table)
     stage = load_stage(data.stage_file(folder, **options))
-    return tables.open_study(stage, records.load_judgements(files["judgements"]))
+    return open_study(stage, records.load_judgements(files["judgements"]))
 
 
 def run(folder, monkeypatch, table, **options):
@@ -188,8 +189,8 @@ def test_summary_names_policies_agreement_and_places(tmp_path, monkeypatch):
 
 
 def test_family_of_a_policy():
-    assert tables.family(Policy(endpoint="ws://localhost:8000", adapter="tabletop_random")) == "trained"
-    assert tables.family(Policy(adapter="tabletop_scripted", options={"noise": 0.1})) == "scripted"
+    assert family(Policy(endpoint="ws://localhost:8000", adapter="tabletop_random")) == "trained"
+    assert family(Policy(adapter="tabletop_scripted", options={"noise": 0.1})) == "scripted"
 
 
 # ---- real results from a file ---------------------------------------------------------------------------------------
@@ -258,13 +259,13 @@ def test_reality_by_trials_and_under_other_names(tmp_path):
             for policy in POLICIES for task in data.TASKS for i in range(5)]  # fmt: skip
     pd.DataFrame(rows).to_csv(tmp_path / "reality.csv", index=False)
     names = {policy.upper(): policy for policy in POLICIES}
-    found = tables.cells.load_reality(tmp_path / "reality.csv", list(POLICIES), data.TASKS, names)
+    found = cells.load_reality(tmp_path / "reality.csv", list(POLICIES), data.TASKS, names)
     assert found.left_out == [] and (found.rate == 0.4).all() and (found.n == 5).all() and (found.partial == 0.5).all()
 
 
 def test_a_published_table_is_real_results_too():
     names = {"OpenVLA": "openvla", "Put Carrot on Plate": "carrot_on_plate", "Lift Eggplant": "lift_eggplant"}
-    found = tables.cells.load_reality(
+    found = cells.load_reality(
         ROOT / "config/published/openvla_bridge.csv",
         ["openvla", "mine"],
         ["lift_eggplant", "carrot_on_plate"],

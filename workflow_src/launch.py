@@ -18,8 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-import yaml
-
+from workflow_src.common.config import results_folder
 from workflow_src.common.errors import UserError, run_cli
 from workflow_src.common.process import PR_SET_PDEATHSIG, descendants
 from workflow_src.common.progress import say
@@ -154,11 +153,7 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 def _show_summary(options: argparse.Namespace, started: float) -> None:
-    overrides = dict(item.split("=", 1) for item in options.config)
-    results = overrides.get("results")
-    if results is None:
-        file = Path(options.configfile or ROOT / "config" / "config.yaml")
-        results = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("results", "results")
+    results = results_folder(options.configfile or ROOT / "config" / "config.yaml", options.config)
     # A run towards another target may not have come that far.
     if (Path(results) / "tables" / "policy_ranking.csv").is_file():
         from workflow_src.analysis.summary import print_summary

@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,11 @@ from workflow_src.episodes.registry import Dataset, entry_dict
 from workflow_src.episodes.sources import SPLITS, description
 from workflow_src.rollouts.pictures import SUFFIXES
 from workflow_src.rollouts.suites import LIST, left_out, origins, tasks_of
+from workflow_src.stages import stages
 from workflow_src.world_model.published import is_address
 
 WORLDS = ("lab", "world_model")
 CORRUPTIONS = ("as_recorded", "gripper_open", "offset", "frozen", "reversed", "shuffled")  # rollouts/corruptions.py
-LEARNED_FIELDS = ("batch", "width", "latent_noise", "training")  # what these depend on
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ class Workflow:
             # Not the files themselves: their comments and the order of their tasks decide nothing.
             tasks = {name: asdict(task) for name, task in sorted(tasks_of(self.config.trials.suites).items())}
             write_if_changed(self.stage("suites"), json.dumps(tasks, indent=1) + "\n")
-        for name, sections in _stages(self.config).items():
+        for name, sections in stages(self.config).items():
             write_stage(f"{self.results}/config", name, self.config, sections)
 
 
@@ -292,56 +292,6 @@ def _environment(name: str) -> str | None:
 
 def _interpreter(name: str) -> str:
     return shlex.quote(str(python_of(name))) if "/" in name else "python"
-
-
-def _stages(config: Config) -> dict[str, dict[str, Any]]:
-    """Stage → the sections it depends on (None: all of the section). Knobs that change no result are left at defaults."""
-    lab = to_dict(replace(config.lab, workers=2))
-    rollouts = to_dict(replace(config.rollouts, shards=1, server_deadline=900, step_timeout=120))
-    data = config.world_model.data or config.episodes.dataset
-    world_model = to_dict(replace(config.world_model, processes=1, data=data))
-    episodes = to_dict(replace(config.episodes, stores={}))
-    del episodes["recorded"]  # the lab's episodes do not depend on it
-    plain = to_dict(config)
-    stages: dict[str, dict[str, Any]] = {
-        "episodes": {"lab": lab, "episodes": episodes},
-        "tokenizer": {"lab": lab, "tokenizer": None},
-        "latents": {"tokenizer": None, "world_model": {"mirror": config.world_model.mirror}},
-        "world_model": {"lab": lab, "tokenizer": None, "world_model": world_model},
-        "judges": {"lab": lab, "judges": {name: plain["judges"][name] for name in LEARNED_FIELDS}},
-        "trials": {"lab": lab, "trials": None},
-        "corruptions": {"lab": lab, "rollouts": rollouts},
-        "analysis": {
-            name: None
-            for name in (
-                "lab",
-                "policies",
-                "behaviour_cloning",
-                "judges",
-                "trials",
-                "analysis",
-                "reality",
-                "reality_names",
-            )
-        },
-    }
-    if config.world_model.source.checkpoint:
-        # What an import depends on, of a world model that others have trained.
-        stages["world_model"] = {
-            "lab": {name: lab[name] for name in ("image_size", "embodiment")},
-            "world_model": {name: world_model[name] for name in ("source", "network", "sampler")},
-        }
-    for name, vlm in plain["judges"]["vlm"].items():
-        stages[f"judges/{name}"] = {"lab": lab, "judges": {"vlm": {name: vlm}}}
-    for name, network in plain["behaviour_cloning"].items():
-        stages[f"behaviour_cloning/{name}"] = {"lab": lab, "behaviour_cloning": {name: network}}
-    for name, policy in plain["policies"].items():
-        network = policy["network"]
-        needed = {network: plain["behaviour_cloning"][network]} if network else {}
-        stages[f"policies/{name}"] = {
-            "lab": lab, "policies": {name: policy}, "behaviour_cloning": needed, "rollouts": rollouts,
-        }  # fmt: skip
-    return stages
 
 
 def checked(mapping: dict[str, Any], devices: tuple[str, ...] | None = None) -> Workflow:

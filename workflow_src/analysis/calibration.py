@@ -15,7 +15,8 @@ from workflow_src.analysis import correction, records
 from workflow_src.analysis import statistics as st
 from workflow_src.analysis.correction import HUMAN, labelled
 from workflow_src.analysis.records import IMAGINED, KEY, LAB, TRUTH
-from workflow_src.analysis.tables import rates_of, write_csv
+from workflow_src.analysis.study import rates_of
+from workflow_src.analysis.tables import write_csv
 from workflow_src.common.config import load_stage
 from workflow_src.common.errors import UserError, run_cli
 from workflow_src.common.process import die_with_parent

@@ -10,8 +10,9 @@ import numpy as np
 from workflow_src.analysis import agreement, comparisons, figures, resampling
 from workflow_src.analysis import statistics as st
 from workflow_src.analysis.cells import Cells, load_cells
+from workflow_src.analysis.study import Rates
 from workflow_src.analysis.summary import agreement_lines, read_rows
-from workflow_src.analysis.tables import AGREEMENT_COLUMNS, Rates, write_csv
+from workflow_src.analysis.tables import AGREEMENT_COLUMNS, write_csv
 from workflow_src.common import seeds
 from workflow_src.common.errors import UserError
 

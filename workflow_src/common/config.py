@@ -12,6 +12,7 @@ import difflib
 import json
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -114,6 +115,13 @@ def check_name(path: str, name: str, allowed: typing.Iterable[str]) -> None:
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def results_folder(path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Where a run's results go, without checking its configuration: by KEY=VALUE `overrides`, or by its file."""
+    given = dict(item.split("=", 1) for item in overrides)
+    written = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    return given.get("results") or written.get("results", Config.results)
 
 
 def load(path: str | Path) -> Config:

@@ -19,6 +19,7 @@ from pathlib import Path
 import yaml
 
 from workflow_src.checks import ROOT
+from workflow_src.common.config import results_folder
 from workflow_src.common.errors import UserError, run_cli
 from workflow_src.common.gpus import visible_gpus
 from workflow_src.common.sections import Config
@@ -89,9 +90,7 @@ def preflight(options: argparse.Namespace) -> Preflight:
 
 def _merged(options: argparse.Namespace) -> Config:
     """What Snakemake merged and checked, which lies where its results go."""
-    overrides = dict(item.split("=", 1) for item in options.config)
-    written = yaml.safe_load(options.configfile.read_text(encoding="utf-8")) or {}
-    results = overrides.get("results") or written.get("results", "results")
+    results = results_folder(options.configfile, options.config)
     return checked(yaml.safe_load((Path(results) / "run_config.yaml").read_text(encoding="utf-8"))).config
 
 

@@ -33,7 +33,7 @@ from workflow_src.rollouts.run import run, use_devices
 from workflow_src.rollouts.trials import LISTING, load_trials
 
 if TYPE_CHECKING:
-    from workflow_src.analysis.tables import Study
+    from workflow_src.analysis.study import Study
 
 EXAMPLES = """examples:
   python -m workflow_src.rollouts.evaluate openvla --root-dir TASKS --checkpoint-path WM --model-name openvla-7b \\
@@ -189,7 +189,7 @@ def copy_videos(table: Path, folder: Path) -> None:
 def judge(config: sections.Config, table: Path, out: Path) -> Study:
     """Judgements of all rollouts, ready for statistics."""
     from workflow_src.analysis import records
-    from workflow_src.analysis.tables import open_study
+    from workflow_src.analysis.study import open_study
     from workflow_src.judges.interface import read_clips, write_judgements
     from workflow_src.judges.vlm import judge_parts, open_judge
 
@@ -212,7 +212,7 @@ def report(study: Study) -> list[str]:
     Rollouts of one first frame are clustered: they count as their effective number. In the last line each task counts alike.
     """
     from workflow_src.analysis.statistics import wilson
-    from workflow_src.analysis.tables import rates_of
+    from workflow_src.analysis.study import rates_of
 
     rates = rates_of(study.imagined)
     rate, size, n = rates.rate[0], rates.size[0], rates.n[0]

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from workflow_src.common.config import Stage, load_stage
 from workflow_src.common.errors import UserError, run_cli
-from workflow_src.common.files import write_json
 from workflow_src.common.process import die_with_parent
 from workflow_src.common.progress import say
 from workflow_src.common.seeds import derive, rng
@@ -21,7 +20,7 @@ from workflow_src.rollouts import suites
 from workflow_src.rollouts.first_frames import read_listing
 from workflow_src.rollouts.pictures import fit, read_picture
 from workflow_src.rollouts.suites import LIST, PICTURES, Task
-from workflow_src.rollouts.trials import LISTING, Trial, odd_sizes, read_fields, save
+from workflow_src.rollouts.trials import LISTING, Trial, odd_sizes, read_fields, save, write_listing
 
 STAND_IN = "stand-in: "
 
@@ -149,7 +148,7 @@ def gather(stage: Stage, root: Path, listings: dict[str, Path]) -> int:
         raise UserError(f"{where}: {len(problems)} broken trial(s): " + "; ".join(problems))
     if not entries:
         raise UserError(f"{where}: holds no trial; expected <task>/<name>.png with <task>/<name>.json")
-    write_json(root / LISTING, {"trials": sorted(entries, key=lambda entry: entry["trial"])})
+    write_listing(entries, root / LISTING)
     for suite, tasks in suites.left_out(stage.trials).items():
         say(f"trials: suite {suite}: no first frames, left out: {', '.join(tasks)}")
     return len(entries)

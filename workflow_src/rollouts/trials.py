@@ -183,6 +183,11 @@ def save(trial: Trial, root: Path) -> dict[str, str]:
     return {"trial": trial.trial_id, "png": sha256_file(picture), "json": sha256_file(text)}
 
 
+def write_listing(entries: list[dict[str, str]], path: Path) -> None:
+    """What `save` returned, by trial. Comes last: it vouches for the files."""
+    write_json(path, {"trials": sorted(entries, key=lambda entry: entry["trial"])})
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(
@@ -204,7 +209,7 @@ def main() -> None:
         for trial in draw(stage):
             entries.append(save(trial, root))
             progress.update()
-    write_json(options.out, {"trials": sorted(entries, key=lambda entry: entry["trial"])})
+    write_listing(entries, options.out)
 
 
 if __name__ == "__main__":
