@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from workflow_src.checks import ROOT
+from workflow_src.common.config import results_folder
 from workflow_src.common.errors import UserError
 from workflow_src.common.files import write_if_changed
 from workflow_src.common.progress import say
@@ -176,7 +177,7 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _results(folder: Path, configfile: str) -> str:
-    return _read(find(folder, configfile)).get("results", "results")
+    return results_folder(find(folder, configfile))
 
 
 def _read(path: Path) -> dict[str, Any]:

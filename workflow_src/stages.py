@@ -8,7 +8,7 @@ from typing import Any
 from workflow_src.common.config import to_dict
 from workflow_src.common.sections import Config
 
-LEARNED = ("batch", "width", "latent_noise", "training")  # of `judges`: what the learned ones depend on
+LEARNED_FIELDS = ("batch", "width", "latent_noise", "training")  # of `judges`: what the learned ones depend on
 ANALYSIS = "lab", "policies", "behaviour_cloning", "judges", "trials", "analysis", "reality", "reality_names"
 
 
@@ -26,7 +26,7 @@ def stages(config: Config) -> dict[str, dict[str, Any]]:
         "tokenizer": {"lab": lab, "tokenizer": None},
         "latents": {"tokenizer": None, "world_model": {"mirror": config.world_model.mirror}},
         "world_model": {"lab": lab, "tokenizer": None, "world_model": world_model},
-        "judges": {"lab": lab, "judges": {name: plain["judges"][name] for name in LEARNED}},
+        "judges": {"lab": lab, "judges": {name: plain["judges"][name] for name in LEARNED_FIELDS}},
         "trials": {"lab": lab, "trials": None},
         "corruptions": {"lab": lab, "rollouts": rollouts},
         "analysis": dict.fromkeys(ANALYSIS),

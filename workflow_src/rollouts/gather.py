@@ -149,8 +149,6 @@ def gather(stage: Stage, root: Path, listings: dict[str, Path]) -> int:
     if not entries:
         raise UserError(f"{where}: holds no trial; expected <task>/<name>.png with <task>/<name>.json")
     write_listing(entries, root / LISTING)
-    for suite, tasks in suites.left_out(stage.trials).items():
-        say(f"trials: suite {suite}: no first frames, left out: {', '.join(tasks)}")
     return len(entries)
 
 
