@@ -22,10 +22,14 @@ from envs.make_environments import ENVIRONMENTS, pins, requirements  # noqa: E40
 from workflow_src.common.files import write_if_changed  # noqa: E402
 
 PROJECT = "/opt/rehearsal"
-WORKFLOW = ("Snakefile", "rules", "config", "envs", "notebooks", "slurm", "workflow_src")
+WORKFLOW = (
+    "Snakefile", "rules", "config", "envs", "notebooks", "profiles", "slurm", "benchmarks/throughput.yaml", "workflow_src",
+)  # fmt: skip
 SERVER = ("workflow_src/__init__.py", "workflow_src/embodiments.py", "workflow_src/common", "workflow_src/policies")
 EXTRAS = ("published",)  # of pyproject.toml, in the base image
 HERE = ("base", "tabletop")  # environments of the base image: it serves the tabletop's policies itself
+# Debian's packages of compilers: for torch.compile (`training.compile`), and for evdev, which lerobot gets as source.
+COMPILERS = {"base": ("g++",), "lerobot": ("gcc", "libc6-dev")}
 
 
 def policy_environments() -> list[str]:
@@ -43,6 +47,13 @@ def workflow_requirements() -> list[str]:
         name, extras = re.match(r"([\w.-]+)(\[[\w,]+\])?", one).groups(default="")
         found.append(f"{name}{extras}=={versions[name.lower()]}")
     return sorted(found, key=str.lower)
+
+
+def system(name: str) -> list[str]:
+    """The line that installs Debian's packages which an environment needs; none, if none."""
+    packages = [*COMPILERS.get(name, ()), *(["git"] if any("git+" in one for one in requirements(name)) else [])]
+    install = f"apt-get install --yes --no-install-recommends {' '.join(packages)}"
+    return [f"RUN apt-get update && {install} && rm -rf /var/lib/apt/lists/*"] if packages else []
 
 
 def install(requirements: list[str], options: str = "") -> list[str]:
@@ -77,6 +88,7 @@ def base() -> list[str]:
     """The image of the workflow: its arguments are those of `rehearse`."""
     return [
         "FROM python:3.11-slim",
+        *system("base"),
         f"COPY constraints.txt {PROJECT}/constraints.txt",
         *install(workflow_requirements(), f" -c {PROJECT}/constraints.txt"),
         USER,
@@ -87,11 +99,9 @@ def base() -> list[str]:
 
 def policy(name: str) -> list[str]:
     """The image of a policy's environment: its arguments are those of the server."""
-    git = any("git+" in one for one in requirements(name))
-    apt = "RUN apt-get update && apt-get install --yes --no-install-recommends git && rm -rf /var/lib/apt/lists/*"
     return [
         f"FROM python:{ENVIRONMENTS[name].python}-slim",
-        *([apt] if git else []),
+        *system(name),
         *install(requirements(name)),
         USER,
         *copies(SERVER),

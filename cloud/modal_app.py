@@ -64,7 +64,7 @@ def _image() -> modal.Image:
     """The workflow with the project's pins, the environments of the policies, and last the code, which changes most often."""
     image = (
         modal.Image.debian_slim("3.11")
-        .apt_install("git")
+        .apt_install("git", "g++")  # for what comes as source, and torch.compile
         .add_local_file(ROOT / "constraints.txt", f"{PROJECT}/constraints.txt", copy=True)
         .pip_install(UV, *workflow_requirements(), extra_options=f"-c {PROJECT}/constraints.txt")
     )

@@ -1,6 +1,7 @@
 # Everything but the policies: simulator, training, judging, analysis.
 # Written by cloud/images.py.
 FROM python:3.11-slim
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 COPY constraints.txt /opt/rehearsal/constraints.txt
 RUN python -m pip install --no-cache-dir --disable-pip-version-check -c /opt/rehearsal/constraints.txt \
     'av==18.1.0' \
@@ -38,7 +39,9 @@ COPY rules /opt/rehearsal/rules
 COPY config /opt/rehearsal/config
 COPY envs /opt/rehearsal/envs
 COPY notebooks /opt/rehearsal/notebooks
+COPY profiles /opt/rehearsal/profiles
 COPY slurm /opt/rehearsal/slurm
+COPY benchmarks/throughput.yaml /opt/rehearsal/benchmarks/throughput.yaml
 COPY workflow_src /opt/rehearsal/workflow_src
 ENV PYTHONPATH=/opt/rehearsal PYTHONUNBUFFERED=1 HOME=/home/rehearsal USER=rehearsal
 USER 1000

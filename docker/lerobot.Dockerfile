@@ -1,6 +1,7 @@
 # LeRobot 0.4.4, the last release for Python 3.11: ACT, Diffusion Policy, SmolVLA; pi0 needs a fork of transformers.
 # Written by cloud/images.py.
 FROM python:3.11-slim
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN python -m pip install --no-cache-dir --disable-pip-version-check \
     'diffusers==0.35.2' \
     'lerobot[smolvla]==0.4.4' \
