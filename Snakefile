@@ -13,12 +13,14 @@ min_version("9.20")
 
 sys.path.insert(0, workflow.basedir)
 from workflow_src.execution import (
+    contained,
     limit_gpus,
     limit_servers,
     local_gpus,
     preflight_command,
     rollout_retries,
     shell_prefix,
+    show_in_images,
 )
 from workflow_src.preflight.costs import note_work
 from workflow_src.resources import (
@@ -49,16 +51,22 @@ if not workflow.overwrite_configfiles:
     configfile: f"{workflow.basedir}/config/config.yaml"
 
 
-flow = open_workflow(config, local_gpus(workflow))
+flow = open_workflow(config, local_gpus(workflow), contained(workflow))
 results = flow.results
 PUBLISHED = sorted(file.stem for file in Path(workflow.basedir, "config", "published").glob("*.csv"))
 ROLLOUTS = "{results}/rollouts/{world}/{policy}/shard_{shard}/rollouts.parquet"
 shell.prefix(shell_prefix(workflow.deployment_settings.deployment_method, flow.config, flow.devices))
 limit_servers(workflow)
 limit_gpus(workflow, flow.devices)
+if flow.contained:
+    show_in_images(workflow, flow.outside)
 
 
 report: "config/report/workflow.rst"
+
+
+# With --sdm apptainer; rules whose environment is another name theirs.
+container: flow.image()
 
 
 # A key that is missing after hours of work would be found out too late.
@@ -90,6 +98,8 @@ rule all:
 # What the default target would run, why, what it would cost and what is missing: the same as `make preflight`.
 rule preflight:
     localrule: True
+    container:
+        None
     shell:
         preflight_command(workflow, results)
 

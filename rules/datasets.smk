@@ -86,6 +86,8 @@ if flow.recorded:
             group=r"\d+",
         conda:
             lambda wildcards: flow.reader_environment
+        container:
+            flow.reader_image
         threads: 1
         resources:
             mem_mb=growing(4000),

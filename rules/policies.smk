@@ -44,6 +44,8 @@ rule serve_policy:
         f"{results}/logs/serve_policy/{{policy}}/{{shard}}.log",
     conda:
         lambda wildcards: flow.environment(wildcards.policy)
+    container:
+        lambda wildcards: flow.image(wildcards.policy)
     threads: 0
     resources:
         # Shared with the rollouts: in the group of both, resources are summed (the longest `runtime` counts).
@@ -76,6 +78,8 @@ rule examine_policy:
         f"{results}/logs/examine_policy/{{policy}}.log",
     conda:
         lambda wildcards: flow.environment(wildcards.policy)
+    container:
+        lambda wildcards: flow.image(wildcards.policy)
     resources:
         gpu=server_gpus(flow),
         nodes=1,

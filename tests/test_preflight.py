@@ -72,7 +72,7 @@ def look(folder: Path, monkeypatch, configfile: Path = MINI, **options) -> Prefl
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=50e9))
     chosen = {
-        "target": [], "configfile": configfile, "config": [], "cores": 2, "profile": "", "use_conda": False,
+        "target": [], "configfile": configfile, "config": [], "cores": 2, "profile": "", "sdm": [],
         "allow_retraining": False,
     } | options  # fmt: skip
     return preflight(argparse.Namespace(**chosen))
@@ -296,14 +296,14 @@ def test_environments_that_only_conda_knows(monkeypatch):
         {"policies": {"mine": {"env": "conda:vla"}}, "episodes": {"recorded": {"tensorflow": "tfds"}}},
     )
     text = "is used only with --use-conda; add it, or name a Python interpreter instead"
-    found = [need.text for need in needs._environments(config, {"convert_dataset"}, ["mine"], False)]
+    found = [need.text for need in needs._environments(config, {"convert_dataset"}, ["mine"], [])]
     assert found == [
         f"environment conda:vla (policies.mine.env): {text}",
         f"environment tfds (episodes.recorded.tensorflow): {text}",
     ]
-    assert list(needs._environments(config, {"roll_out"}, [], False)) == []
+    assert list(needs._environments(config, {"roll_out"}, [], [])) == []
     monkeypatch.setattr(needs, "_conda", lambda: needs.Need(True, "conda"))
-    assert list(needs._environments(config, {"convert_dataset"}, ["mine"], True)) == [needs.Need(True, "conda")]
+    assert list(needs._environments(config, {"convert_dataset"}, ["mine"], ["conda"])) == [needs.Need(True, "conda")]
 
 
 def test_tokens_of_servers_are_looked_for(monkeypatch):
@@ -323,7 +323,7 @@ def test_no_preflight_beside_a_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("deployment", "cores", "more"), [(["conda"], 4, ["--cores", "4", "--use-conda"]), ([], None, [])]
+    ("deployment", "cores", "more"), [(["conda"], 4, ["--cores", "4", "--sdm=conda"]), ([], None, [])]
 )
 def test_the_rule_asks_as_the_run_would(deployment, cores, more):
     workflow = SimpleNamespace(

@@ -34,6 +34,7 @@ def check(config: Config) -> Config:
     config = _with_tasks(config)
     _check_lab(config)
     _check_policies(config)
+    _check_images(config)
     _check_judges(config)
     _check_numbers(config)
     _check_data(config)
@@ -201,6 +202,17 @@ def _check_environment(path: str, env: str, names: list[str]) -> None:
             raise UserError(f"{path}: {env!r} is no Python interpreter here; see envs/build.py")
     elif not env.startswith(EXISTING):
         check_name(path, env, names)
+
+
+def _check_images(config: Config) -> None:
+    """That each is of some environment; which ones a run needs is asked when it runs in images."""
+    known = [file.stem for file in (ROOT / "envs").glob("*.yaml")]
+    asked = [config.episodes.recorded.tensorflow, *(policy.env for policy in config.policies.values())]
+    known += [env for env in asked if env.startswith(EXISTING)]
+    for env, image in config.images.items():
+        check_name("images", env, known)
+        if not image or re.search(r"\s", image):
+            raise UserError(f"images.{env}: {image!r} is no image; write docker://registry/name:tag or a .sif file")
 
 
 def python_of(env: str) -> Path:

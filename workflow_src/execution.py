@@ -1,4 +1,4 @@
-"""How Snakemake runs the jobs: what their shells begin with, and how many servers and GPUs are used at once."""
+"""How Snakemake runs the jobs: what their shells begin with, what their images see, how many servers and GPUs are in use."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ OUTLAST_SIGTERM = "trap : TERM; tee() ( trap '' TERM; exec tee \"$@\" ); "
 def shell_prefix(deployment: Any, config: Config, devices: tuple[str, ...] | None = ()) -> str:
     """Opens every job's shell: `python -m workflow_src…` works from any directory, and idle OpenMP threads stay off the cores.
 
-    With conda among Snakemake's `deployment` methods, each rule's environment has put its own Python first. Otherwise it is
-    the Python that runs Snakemake. What `config` says about the way there, and not about results, travels as variables:
-    a changed prefix reruns nothing. `lease N command` is the command, on N of `devices` that are its alone; where there are
-    none, nothing stands before it.
+    With conda or Apptainer among Snakemake's `deployment` methods, each rule's environment or image has put its own Python
+    first. Otherwise it is the Python that runs Snakemake. What `config` says about the way there, and not about results,
+    travels as variables: a changed prefix reruns nothing. `lease N command` is the command, on N of `devices` that are its
+    alone; where there are none, nothing stands before it.
     """
-    conda = "conda" in map(str, deployment)
+    own = {"conda", "apptainer"} & set(map(str, deployment))
     settings = f"PYTHONPATH={shlex.quote(str(ROOT))} OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1"
-    path = "" if conda else f" PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
+    path = "" if own else f" PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
     given = "".join(f" {name}={shlex.quote(value)}" for name, value in manner_variables(config).items())
     given += f" {POOL}={shlex.quote(','.join(devices))}" if devices else ""
     launcher = 'shift; exec "$@"' if devices == () else 'exec python -m workflow_src.common.gpus "$@"'
     lease = _doubled(f"lease() {{ {launcher}; }}; ")
-    # A job's shell would survive a killed Snakemake and hide its death from the job, so jobs watch Snakemake itself.
-    return (
-        f"set -euo pipefail; export {settings}{path} REHEARSAL_PARENT=$PPID{_doubled(given)}; {OUTLAST_SIGTERM}{lease}"
-    )
+    # A job's shell, or what runs its image, would survive a killed Snakemake and hide its death from the job, so jobs watch
+    # Snakemake itself: the process that reads this, since Snakemake starts no shell from another.
+    watched = f" REHEARSAL_PARENT={os.getpid()}"
+    return f"set -euo pipefail; export {settings}{path}{watched}{_doubled(given)}; {OUTLAST_SIGTERM}{lease}"
 
 
 def _doubled(text: str) -> str:
@@ -59,12 +59,26 @@ def manner_variables(config: Config) -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in configured.items()}
 
 
+def contained(workflow: Any) -> bool:
+    """Whether Snakemake's `workflow` runs its jobs in images (--sdm apptainer)."""
+    return "apptainer" in map(str, workflow.deployment_settings.deployment_method)
+
+
+def show_in_images(workflow: Any, paths: list[str]) -> None:
+    """Have Snakemake's `workflow` show its images these `paths`, besides the working directory that it shows anyway."""
+    settings = workflow.deployment_settings
+    given = shlex.split(settings.apptainer_args)
+    binds = [f"--bind={path}" for path in paths if f"--bind={path}" not in given]
+    settings.apptainer_args = " ".join(filter(None, [settings.apptainer_args, shlex.join(binds)]))
+
+
 def preflight_command(workflow: Any, results: str) -> str:
-    """The preflight of what Snakemake's `workflow` would run by default, with its Python, its cores and its use of conda."""
+    """The preflight of what Snakemake's `workflow` would run by default, with its Python, its cores and its environments."""
     command = [sys.executable, "-m", "workflow_src.preflight", "--configfile", f"{results}/run_config.yaml"]
     cores = workflow.resource_settings.cores
     command += ["--cores", str(cores)] if cores else []
-    command += ["--use-conda"] if "conda" in map(str, workflow.deployment_settings.deployment_method) else []
+    methods = {"conda", "apptainer"} & set(map(str, workflow.deployment_settings.deployment_method))
+    command += [f"--sdm={method}" for method in sorted(methods)]
     return _doubled(shlex.join(command))
 
 

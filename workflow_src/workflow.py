@@ -31,6 +31,7 @@ from workflow_src.common.errors import UserError
 from workflow_src.common.files import write_if_changed
 from workflow_src.common.progress import say
 from workflow_src.common.sections import Config
+from workflow_src.containers import image_of, outside_paths
 from workflow_src.episodes.mixture import Mixture, read_mixture
 from workflow_src.episodes.registry import Dataset, entry_dict
 from workflow_src.episodes.sources import SPLITS, description
@@ -49,6 +50,7 @@ class Workflow:
 
     config: Config
     devices: tuple[str, ...] | None = None  # GPUs of this machine for its jobs; None: jobs run elsewhere, on a cluster
+    contained: bool = False  # jobs run in images (--sdm apptainer)
 
     @property
     def results(self) -> str:
@@ -194,6 +196,23 @@ class Workflow:
         """
         return _environment(self.config.policies[policy].env)
 
+    def image(self, policy: str = "") -> str | None:
+        """Image of a policy's server, or of jobs without a policy; None where none are used."""
+        return self._image(*((self.config.policies[policy].env, f"policies.{policy}.env") if policy else ("base",)))
+
+    @property
+    def reader_image(self) -> str | None:
+        """Image of conversions, like `image`."""
+        return self._image(self.config.episodes.recorded.tensorflow or "base", "episodes.recorded.tensorflow")
+
+    def _image(self, *environment: str) -> str | None:
+        return _or_end(image_of, self.config, *environment) if self.contained else None
+
+    @property
+    def outside(self) -> list[str]:
+        """What images are shown besides the working directory."""
+        return _or_end(outside_paths, self.config)
+
     def interpreter(self, policy: str) -> str:
         """What runs a policy's server: the environment's Python, or the configured one."""
         return _interpreter(self.config.policies[policy].env)
@@ -294,18 +313,18 @@ def _interpreter(name: str) -> str:
     return shlex.quote(str(python_of(name))) if "/" in name else "python"
 
 
-def checked(mapping: dict[str, Any], devices: tuple[str, ...] | None = None) -> Workflow:
+def checked(mapping: dict[str, Any], devices: tuple[str, ...] | None = None, contained: bool = False) -> Workflow:
     """Build and cross-check the configuration that Snakemake merged. Raises `UserError` before any job starts."""
-    return Workflow(check(configuration.from_dict(Config, mapping)), devices)
+    return Workflow(check(configuration.from_dict(Config, mapping)), devices, contained)
 
 
 # ---- Snakefile helpers ----------------------------------------------------------------------------------------------
 
 
-def open_workflow(mapping: dict[str, Any], devices: tuple[str, ...] | None = None) -> Workflow:
+def open_workflow(mapping: dict[str, Any], devices: tuple[str, ...] | None = None, contained: bool = False) -> Workflow:
     """`checked`, for the Snakefile: a mistake ends Snakemake with one line and no traceback."""
     try:
-        workflow = checked(json.loads(json.dumps(mapping)), devices)
+        workflow = checked(json.loads(json.dumps(mapping)), devices, contained)
         workflow.write_stage_files()
         _say_what_is_left_out(workflow.config)
         return workflow
@@ -319,6 +338,14 @@ def _say_what_is_left_out(config: Config) -> None:
         for suite, tasks in left_out(config.trials).items():
             where = f"put pictures into {config.trials.root or '<trials.root>'}/<task>/"
             say(f"trials: suite {suite}: no first frames, left out: {', '.join(tasks)}; {where}")
+
+
+def _or_end(function: Callable, *arguments: Any) -> Any:
+    """What `function` returns; a mistake that it finds ends Snakemake."""
+    try:
+        return function(*arguments)
+    except UserError as error:
+        _end(error)
 
 
 def _end(error: UserError) -> None:

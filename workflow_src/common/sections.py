@@ -395,5 +395,7 @@ class Config:
     distributed: Distributed = field(default_factory=Distributed)
     # Folder on a machine's own disk, e.g. $SLURM_TMPDIR or /scratch: a world model's training reads its data from a copy there.
     local_cache: str = ""
+    # Environment → image that its jobs run in with `--sdm apptainer`: docker://registry/name:tag, or a .sif file that is here.
+    images: dict[str, str] = field(default_factory=dict)
     reality: str = ""  # CSV of real results (policy, task, success, n, source); empty: the lab is reality
     reality_names: dict[str, str] = field(default_factory=dict)  # name in that CSV → policy or task here

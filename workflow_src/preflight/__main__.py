@@ -48,7 +48,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="override single values")
     parser.add_argument("--cores", type=int, default=0, help="of the run (default: all)")
     parser.add_argument("--profile", default="", help="of the run, e.g. slurm")
-    parser.add_argument("--use-conda", action="store_true", help="the run will be with --use-conda")
+    parser.add_argument(
+        "--sdm", action="append", choices=("conda", "apptainer"), default=[], help="the run will be with it"
+    )
+    parser.add_argument("--use-conda", action="append_const", dest="sdm", const="conda", help="the same as --sdm conda")
     parser.add_argument("--allow-retraining", action="store_true", help="do not refuse to train again what is trained")
     parser.add_argument("--json", action="store_true", help="for scripts")
     return parser.parse_args()
@@ -82,7 +85,7 @@ def preflight(options: argparse.Namespace) -> Preflight:
         stages=rows,
         wall=wall_seconds(jobs, seconds, None if options.profile else cores, gpus),
         measured_here=sum(count for _, count in estimator.here.values()),
-        needs=needs(config, jobs, known(row.bytes for row in rows), options.use_conda, options.profile),
+        needs=needs(config, jobs, known(row.bytes for row in rows), options.sdm, options.profile),
         retrained=retrained(jobs, Path.cwd()),
         allowed=options.allow_retraining,
     )

@@ -17,6 +17,7 @@ from workflow_src.checks import EXISTING, ROOT, gathered, recorded_sets
 from workflow_src.common.errors import UserError
 from workflow_src.common.gpus import visible_gpus
 from workflow_src.common.sections import Config
+from workflow_src.containers import image_of
 from workflow_src.judges.transport import find_key
 from workflow_src.preflight.costs import TABLE, megaweights
 from workflow_src.preflight.dry_run import Job
@@ -48,12 +49,12 @@ def retrained(jobs: Sequence[Job], folder: Path) -> list[Job]:
     return [job for job in jobs if job.rule in TRAININGS and any((folder / file).exists() for file in job.output)]
 
 
-def needs(config: Config, jobs: Sequence[Job], size: float, conda: bool, profile: str) -> list[Need]:
-    """What the run needs, and whether it is there. `size`: bytes that it would write; `conda`: with --use-conda."""
+def needs(config: Config, jobs: Sequence[Job], size: float, sdm: Sequence[str], profile: str) -> list[Need]:
+    """What the run needs, and whether it is there. `size`: bytes that it would write; `sdm`: as Snakemake is given it."""
     rules = {job.rule for job in jobs}
     served = sorted({job.wildcards["policy"] for job in jobs if job.rule in ("serve_policy", "examine_policy")})
     found = [*_data(config, rules), *_weights(config, rules, served), *_keys(config, jobs)]
-    found += [*_environments(config, rules, served, conda), *_first_frames(config, rules)]
+    found += [*_environments(config, rules, served, sdm), *_first_frames(config, rules)]
     return [*found, *_gpus(config, jobs, served, profile), *_slurm(profile), _disk(config, size)]
 
 
@@ -108,21 +109,36 @@ def _keys(config: Config, jobs: Sequence[Job]) -> Iterator[Need]:
             yield Need(False, f"policies.{name}.token_env: environment variable {variable} is not set")
 
 
-def _environments(config: Config, rules: set[str], served: Sequence[str], conda: bool) -> Iterator[Need]:
-    if conda:
+def _environments(config: Config, rules: set[str], served: Sequence[str], sdm: Sequence[str]) -> Iterator[Need]:
+    if "conda" in sdm:
         yield _conda()
     asked = {f"policies.{name}.env": config.policies[name].env for name in served}
     if "convert_dataset" in rules and config.episodes.recorded.tensorflow:
         asked["episodes.recorded.tensorflow"] = config.episodes.recorded.tensorflow
+    if "apptainer" in sdm:
+        yield from _images(config, asked)
+        return
     for env in sorted(set(asked.values())):
         keys = [key for key, value in asked.items() if value == env]
         if "/" in env:
             continue  # an interpreter, which the configuration's own check has found
         if not env.startswith(EXISTING) and not (ROOT / "envs" / f"{env}.yaml").is_file():
             yield Need(False, f"{keys[0]}: there is no envs/{env}.yaml")
-        elif env != "tabletop" and not conda:
+        elif env != "tabletop" and "conda" not in sdm:
             text = "is used only with --use-conda; add it, or name a Python interpreter instead"
             yield Need(False, f"environment {env} ({', '.join(keys)}): {text}")
+
+
+def _images(config: Config, asked: dict[str, str]) -> Iterator[Need]:
+    if not shutil.which("apptainer") and not shutil.which("singularity"):
+        yield Need(False, "apptainer: is not on PATH; --sdm apptainer needs it, or singularity")
+    for env, key in sorted({"base": "", **{env: key for key, env in asked.items()}}.items()):
+        if env == "tabletop" and env not in config.images:
+            continue  # the base image serves it
+        try:
+            yield Need(True, f"image of environment {env}: {image_of(config, env, key)}")
+        except UserError as error:
+            yield Need(False, str(error))
 
 
 def _conda() -> Need:
