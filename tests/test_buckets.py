@@ -13,6 +13,7 @@ from workflow_src.common import config as configuration
 from workflow_src.common.errors import UserError
 from workflow_src.common.files import link_or_copy
 from workflow_src.common.sections import Config
+from workflow_src.preflight import needs
 from workflow_src.workflow import checked
 
 PUBLISHED = 'publish={to: "s3://lab/runs/one/", parts: [tables, gallery, rollouts, episodes]}'
@@ -48,7 +49,7 @@ def contents(s3, prefix):
 
 def test_results_go_to_a_bucket_and_another_run_takes_its_data_from_there(s3, finished, tmp_path):
     folder = copy_of(finished, tmp_path / "one")
-    run(folder, "publish", overrides=(PUBLISHED,))
+    run(folder, "--", "publish", overrides=(PUBLISHED,))
     sent = contents(s3, "runs/one/")
     for part in ("tables", "gallery", "rollouts", "episodes"):
         here = {str(path.relative_to(folder / "results")) for path in (folder / "results" / part).rglob("*")
@@ -58,13 +59,13 @@ def test_results_go_to_a_bucket_and_another_run_takes_its_data_from_there(s3, fi
     assert table == (folder / "results" / "tables" / "policy_ranking.csv").read_bytes()
     assert {"README.txt", "run_config.yaml"} < set(sent) and not (folder / ".snakemake/storage/s3/lab").exists()
 
-    done = run(folder, "publish", overrides=(PUBLISHED,))
+    done = run(folder, "--", "publish", overrides=(PUBLISHED,))
     assert "Nothing to be done" in done.stdout + done.stderr
 
     # What changes here replaces what is there, as a whole.
     s3.put_object(Bucket="lab", Key="runs/one/tables/of_an_older_run.csv", Body=b"")
     (folder / "results" / "tables" / "policy_ranking.csv").unlink()
-    run(folder, "publish", overrides=(PUBLISHED,))
+    run(folder, "--", "publish", overrides=(PUBLISHED,))
     again = contents(s3, "runs/one/")
     assert again == sent and s3.head_bucket(Bucket="lab")
 
@@ -76,27 +77,30 @@ def takes_its_data_from_there(s3, source, folder):
     key = "runs/one/episodes/tabletop/train/000000003.mp4"
     good = s3.get_object(Bucket="lab", Key=key)["Body"].read()
     s3.put_object(Bucket="lab", Key=key, Body=good[:-1] + b"?")
-    failed = run(folder, *tables, overrides=STORES, check=False)
+    failed = run(folder, "--", *tables, overrides=STORES, check=False)
     (line,) = errors(failed)
     assert "train/000000003.mp4: is not the file that episodes.parquet lists; this copy is removed" in line
     assert not (folder / tables[0]).exists() and not list((folder / "results/episodes").rglob("train/*.mp4"))
 
     s3.put_object(Bucket="lab", Key=key, Body=good)
-    run(folder, *tables, overrides=STORES)
+    run(folder, "--", *tables, overrides=STORES)
     for split in ("train", "validation"):
         there, here = source / "results/episodes/tabletop" / split, folder / "results/episodes/bridge" / split
         names = sorted(path.name for path in there.iterdir() if not path.name.startswith("."))
         assert names == sorted(path.name for path in here.iterdir())
         assert all((there / name).read_bytes() == (here / name).read_bytes() for name in names)
-    # A data set that somebody adds to later is not fetched anew: what was trained on it would be made anew as well.
+    # What changes in the bucket is not fetched anew, or what was trained on it would be made anew as well.
     s3.put_object(Bucket="lab", Key=key, Body=good)
-    done = run(folder, *tables, overrides=STORES)
-    assert "Nothing to be done" in done.stdout + done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        for address in (s3.meta.endpoint_url, "http://127.0.0.1:9"):  # nor is the bucket needed any more
+            patch.setenv("SNAKEMAKE_STORAGE_S3_ENDPOINT_URL", address)
+            done = run(folder, "--", *tables, overrides=STORES)
+            assert "Nothing to be done" in done.stdout + done.stderr
 
 
 def test_a_split_that_the_bucket_lacks_is_named(s3, tmp_path):
     overrides = ('episodes={stores: {bridge: "s3://lab/nothing"}}',)
-    done = run(tmp_path, "results/episodes/bridge/train/episodes.parquet", overrides=overrides, check=False)
+    done = run(tmp_path, "--", "results/episodes/bridge/train/episodes.parquet", overrides=overrides, check=False)
     assert done.returncode and "s3://lab/nothing/train" in done.stderr
 
 
@@ -116,6 +120,14 @@ def test_addresses_that_mean_nothing(changes, message):
     with pytest.raises(UserError) as caught:
         checked(changes)
     assert message in str(caught.value)
+
+
+def test_preflight_names_buckets():
+    config = configuration.from_dict(
+        Config, {"publish": {"to": "s3://lab/x"}, "episodes": {"stores": {"b": "s3://lab/b"}}}
+    )
+    texts = [need.text for need in needs._data(config, {"publish_part", "fetch_store"})]
+    assert texts == ["data set b: is fetched from s3://lab/b", "results: are sent to s3://lab/x"]
 
 
 def test_where_results_are_sent_changes_no_stage():
