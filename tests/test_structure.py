@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "embodiments": {"common"},
     "tabletop": {"common", "embodiments"},
     "episodes": {"common", "embodiments", "world_model"},  # world_model: the tokenizer of the latent cache
+    "buckets": {"common", "episodes"},
     "world_model": {"common", "embodiments"},
     "policies": {"common", "embodiments"},
     "rollouts": {"common", "embodiments", "policies", "episodes"},

@@ -63,7 +63,8 @@ class Episodes:
     """Recorded robot data."""
 
     dataset: str = "tabletop"  # name of the data set that the lab records
-    # Name → folder of other data sets, with a folder per split: train, and validation, val or test.
+    # Name → folder of other data sets, with a folder per split: train, and validation, val or test. Or its address in a
+    # bucket (s3://…), from which train and validation are fetched.
     stores: dict[str, str] = field(default_factory=dict)
     recorded: Recorded = field(default_factory=Recorded)
     splits: dict[str, Split] = field(
@@ -373,6 +374,15 @@ class Distributed:
 
 
 @dataclass(frozen=True)
+class Publish:
+    """The target `publish`: a copy of the results in a bucket."""
+
+    to: str = ""  # s3://bucket/folder; empty: nowhere
+    # Folders of the results. The gallery shows videos that lie in `rollouts`.
+    parts: tuple[str, ...] = ("tables", "figures", "gallery", "notebooks", "rollouts", "judgements", "world_model")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything one run of the workflow depends on."""
 
@@ -395,5 +405,6 @@ class Config:
     distributed: Distributed = field(default_factory=Distributed)
     # Folder on a machine's own disk, e.g. $SLURM_TMPDIR or /scratch: a world model's training reads its data from a copy there.
     local_cache: str = ""
+    publish: Publish = field(default_factory=Publish)
     reality: str = ""  # CSV of real results (policy, task, success, n, source); empty: the lab is reality
     reality_names: dict[str, str] = field(default_factory=dict)  # name in that CSV → policy or task here
