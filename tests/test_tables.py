@@ -62,7 +62,8 @@ def test_ranking_table(tmp_path, monkeypatch):
     assert len(per_task) == len(POLICIES) * len(data.TASKS) and (per_task["n_real"] == 10).all()
     means = per_task.groupby("policy")["success_real"].mean()
     assert means[ranking["policy"]].to_numpy() == pytest.approx(ranking["success_real"].to_numpy())
-    assert set(found["agreement"]["scope"]) == {"all policies", "all policies, partial credit", "cells, partial credit", "trained policies", "policy x task cells",
+    assert set(found["agreement"]["scope"]) == {"all policies", "trained policies", "policy x task cells",
+                                       "all policies, partial credit", "cells, partial credit",
                                        "trained policy x task cells", "state judge", "within tasks",
                                        "trials"}  # fmt: skip
     assert set(found["judge"]["judge"]) == {"classifier", "state"}
