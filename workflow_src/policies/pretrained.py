@@ -130,9 +130,13 @@ def options(policy: sections.Policy, more: dict[str, tuple[float, float, float]]
 
 
 def metric(actions: np.ndarray, embodiment: str, gain: float) -> np.ndarray:
-    """Actions (..., 7) as the embodiment's data set records them, gripper 1 open, to metric ones times `gain`."""
+    """Actions (..., 7) as the embodiment's data set records them, gripper 1 open, to metric ones times `gain`.
+
+    What a network says of the gripper may lie beyond what it was trained on: it is clipped to an opening.
+    """
     result = embodiments.from_recorded(actions, embodiment)
     result[..., :6] *= gain
+    result[..., 6] = np.clip(result[..., 6], 0, 1)
     return result
 
 
