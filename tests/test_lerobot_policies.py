@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import textwrap
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from envs.build import interpreter
 from tests.chain import ROOT
@@ -154,7 +156,7 @@ def test_a_diffusion_policy_draws_by_seed(checkpoints, serve):
             policy.infer(observe(2, 0, 0))
 
 
-def test_an_act_policy_is_told_the_reckoned_state(checkpoints, serve):
+def test_an_act_policy_is_told_the_reckoned_state(checkpoints, serve, tmp_path):
     pictures = np.random.default_rng(2).integers(0, 256, (2, SIZE, SIZE, 3), np.uint8)
     trials = [Trial(f"lift/{i}", "lift", "lift it", pictures[i], POSE, i) for i in range(2)]
     with serve(checkpoints / "act_state", foreign=STATE) as policy:
@@ -169,6 +171,22 @@ def test_an_act_policy_is_told_the_reckoned_state(checkpoints, serve):
             np.testing.assert_allclose(rollout.actions[step : step + 2], answer, atol=1e-6)
             moved = policy.infer({**asked, "pose": pose[None] - 0.3})["actions"][0]
             assert np.abs(moved - answer).max() > 1e-3
+    doctor_wants_states(tmp_path, pictures)
+
+
+def doctor_wants_states(folder, pictures):
+    """The doctor passes the policy served in `folder`, unless trials do not say where the gripper is."""
+    task = folder / "trials" / "lift"
+    task.mkdir(parents=True)
+    for state, code in ((POSE, 0), (None, 2)):
+        for index, picture in enumerate(pictures):
+            Image.fromarray(picture).save(task / f"{index}.png")
+            (task / f"{index}.json").write_text(json.dumps({"instruction": "lift it", "initial_state": state}))
+        command = [sys.executable, "-m", "workflow_src.policies.doctor", "--endpoint", folder / "0" / "endpoint.json",
+                   "--embodiment", "tabletop", "--trials", folder / "trials"]  # fmt: skip
+        done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+    assert done.stdout.startswith("mapping           failed      it needs the robot's state, and 2 of 2 trials have no")
 
 
 LOAD = """
