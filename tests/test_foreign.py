@@ -243,14 +243,18 @@ def test_the_doctor_examines_a_server_that_fits(stranger, tmp_path):
 
 
 def test_rollouts_refuse_it_too(tmp_path, monkeypatch):
-    policies = {"p": Policy(foreign=replace(MAPPING, actions="joint"))}
+    policies = {"p": Policy(foreign=replace(MAPPING, actions="joint")), "ours": Policy()}
     settings = SimpleNamespace(
         policies=policies, rollouts=SimpleNamespace(repeats=1), lab=SimpleNamespace(scene="none")
     )
-    monkeypatch.setattr(running, "load_trials", lambda path: [trial(0)])
-    options = SimpleNamespace(policy="p", trials=None, shard=0, shards=1)
-    with pytest.raises(UserError, match="policy p: it answers joint angles"):
-        running.run(settings, options, None)
+    monkeypatch.setattr(running, "load_trials", lambda path: [trial(0), trial(1, None)])
+    client = SimpleNamespace(metadata=SimpleNamespace(extra={}))
+    reasons = {"p": "it answers joint angles", "ours": "it needs the robot's state, and 1 of 2 trials have"}
+    for name, reason in reasons.items():
+        options = SimpleNamespace(policy=name, trials=None, shard=0, shards=1)
+        with pytest.raises(UserError, match=f"policy {name}: {reason}"):
+            running.run(settings, options, client)
+        client.metadata.extra["needs_pose"] = True  # says our own server, whose configuration is elsewhere
 
 
 # ---- openpi's own package, in its own environment ---------------------------------------------------------------------

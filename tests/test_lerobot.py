@@ -88,8 +88,8 @@ def test_the_export_describes_itself(tmp_path, stores):
 LOAD = """
     import sys
     import numpy as np
-    from workflow_src.policies.lerobot import _import_torchvision
-    _import_torchvision()
+    from workflow_src.policies.pretrained import import_torch
+    import_torch()
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     data = LeRobotDataset("own/exported", root=sys.argv[1], video_backend="pyav")

@@ -193,8 +193,13 @@ def _check_policies(config: Config) -> None:
         if policy.endpoint:
             _check_endpoint(path, policy)
             continue
-        if policy.foreign != Foreign():
-            raise UserError(f"{path}.foreign: is for a server that is already running; name it as endpoint")
+        state = {"state": policy.foreign.state, "state_layout": policy.foreign.state_layout}
+        if policy.foreign != replace(Foreign(), **state):
+            raise UserError(
+                f"{path}.foreign: is for a server that is already running; name it as endpoint, or of a checkpoint give "
+                "state and state_layout alone"
+            )
+        check_foreign(f"{path}.foreign", policy.foreign)
         check_name(f"{path}.adapter", policy.adapter, ADAPTERS)
         _check_environment(f"{path}.env", policy.env, [file.stem for file in (ROOT / "envs").glob("*.yaml")])
         if policy.network:

@@ -223,7 +223,10 @@ class BehaviourCloning:
 
 @dataclass(frozen=True)
 class Foreign:
-    """How a server of openpi's protocol that has never heard of this project is spoken to. Without `cameras`: as ours are."""
+    """How a server of openpi's protocol that has never heard of this project is spoken to. Without `cameras`: as ours are.
+
+    `state` and `state_layout` say the same of a checkpoint that one of our servers loads; the rest is the server's alone.
+    """
 
     cameras: tuple[str, ...] = ()  # keys of the images it wants; a rollout shows one
     image_size: int = 0  # pixels, square, bilinear with black bars as openpi's client resizes; 0: as it is
@@ -261,7 +264,8 @@ class Policy:
     # Conda environment: envs/<env>.yaml; conda:<name> of one that exists; its folder; or path of a Python interpreter.
     env: str = "tabletop"
     endpoint: str = ""  # ws://host:port of a server that is already running, instead of adapter and env
-    foreign: Foreign = field(default_factory=Foreign)  # what that server calls things, and in which units it answers
+    # What that server calls things, and in which units it answers; of a checkpoint that wants the robot's state: its numbers.
+    foreign: Foreign = field(default_factory=Foreign)
     revision: str = ""  # what that server serves, required with `endpoint`; of a checkpoint: see above
     token_env: str = ""  # environment variable that holds its token
     allow_plaintext: bool = False  # permit ws:// to another machine
