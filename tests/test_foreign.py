@@ -67,6 +67,13 @@ def test_an_observation_gets_the_servers_names():
     }
 
 
+def test_a_state_of_zeros_needs_no_pose():
+    blind = replace(MAPPING, state_layout=("zero", "zero"))
+    without = {"image": row()["image"], "prompt": "x"}
+    assert Translator(blind, "r").observation(without)["observation/state"].tolist() == [0, 0]
+    assert refusals(blind, [("lift/0", None)]) == [] and len(refusals(MAPPING, [("lift/0", None)])) == 1
+
+
 def test_displacements_get_our_order_units_and_gripper():
     answer = {"actions": np.array([[-1.0, 0.2, 9.0, 0.1], [1.0, -0.2, 9.0, 0.0], [5.0, 0, 9.0, 0]])}
     actions = Translator(MAPPING, "r").actions(answer, None)
@@ -109,6 +116,7 @@ def test_other_answers_are_refused(answer, message):
         ({"layout": ["x", "yw"]}, r"p\.layout\[1\]: 'yw' is unknown; did you mean 'yaw'"),
         ({"layout": ["x", "x"]}, r"p\.layout: x, x names a number twice"),
         ({"state_layout": ["joint_1"]}, r"p\.state_layout\[0\]: 'joint_1' is unknown"),
+        ({"state": "state", "state_layout": []}, r"p\.state_layout: is empty; say what the numbers of state are: x, y"),
         ({"gripper_open": 0.0}, r"p\.gripper_open: 0 is gripper_closed as well"),
         ({"rotation_unit": 0.0}, r"p\.rotation_unit: 0 is not positive"),
     ],

@@ -9,11 +9,13 @@ import sys
 import textwrap
 
 import numpy as np
+import pandas as pd
 import pytest
+import yaml
 from PIL import Image
 
 from envs.build import interpreter
-from tests.chain import ROOT
+from tests.chain import MINI, ROOT, copy_of, run
 from tests.test_rollouts import SIZE, FakeWorld
 from workflow_src.common import sections
 from workflow_src.common.errors import UserError
@@ -187,6 +189,23 @@ def doctor_wants_states(folder, pictures):
         done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stdout + done.stderr
     assert done.stdout.startswith("mapping           failed      it needs the robot's state, and 2 of 2 trials have no")
+
+
+def test_a_policy_in_its_own_environment_is_ranked(checkpoints, finished, tmp_path):
+    """The tabletop ranking with a LeRobot policy more: it is examined, rolled out and ranked; the others are not redone."""
+    folder = copy_of(finished, tmp_path / "run")
+    act = {"adapter": "lerobot", "checkpoint": str(checkpoints / "act_state"), "env": str(interpreter("lerobot")),
+           "foreign": {**STATE, "state_layout": ["zero"] * 8}}  # fmt: skip
+    config = yaml.safe_load(MINI.read_text())
+    config["policies"]["act"] = act
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(config))
+    ranking = "results/tables/policy_ranking.csv"
+    done = run(folder, "--", "results/doctor/act.csv", ranking, config=tmp_path / "more.yaml")
+    text = done.stdout + done.stderr
+    assert text.count("rule roll_out:") == 1 and "rule train_" not in text
+    table = pd.read_csv(folder / ranking).set_index("policy")
+    assert sorted(table.index) == ["act", "bc_3", "bc_6", "random"] and table.loc["act", "n_real"] == 6
+    assert set(pd.read_csv(folder / "results" / "doctor" / "act.csv")["outcome"]) <= {"passed", "not judged"}
 
 
 LOAD = """

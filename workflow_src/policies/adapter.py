@@ -55,7 +55,7 @@ def load(name: str, policy: sections.Policy, networks: Path, lab: sections.Lab, 
     state of the robot that the policy would not look at."""
     config.check_name(f"policies.{name}.adapter", policy.adapter, ADAPTERS)
     loaded = importlib.import_module(ADAPTERS[policy.adapter]).load(policy, networks, lab, seed, batch)
-    if policy.foreign.state and not loaded.metadata.extra.get("needs_pose"):
+    if policy.foreign.state and not loaded.metadata.extra.get("state"):
         raise UserError(f"policies.{name}.foreign.state: this policy takes no state of the robot; remove it")
     return loaded
 

@@ -21,16 +21,21 @@ from workflow_src.policies.wire import Metadata, WireError
 
 STATE = (*POSE[:6], "opening", "closedness", "zero")  # what a state vector may be made of
 ACTION = (*POSE[:6], "gripper", "_")  # "_": a number that is not looked at
+NOWHERE = np.zeros(len(POSE))
 DEAD_RECKONED = "dead_reckoned"  # in results: what stood for the robot's state
 
 
 def needs_pose(foreign: Foreign) -> bool:
-    """Whether the robot's pose has to be reckoned: it is sent, or absolute poses are measured from it."""
-    return bool(foreign.state) or foreign.actions == "absolute"
+    """Whether the robot's pose has to be reckoned: something of it is sent, or absolute poses are measured from it."""
+    return bool(foreign.state and set(foreign.state_layout) - {"zero"}) or foreign.actions == "absolute"
 
 
 def check(path: str, foreign: Foreign) -> None:
     """Raise UserError for a mapping that contradicts itself; `path` is where it stands in the configuration."""
+    if foreign.state and not foreign.state_layout:
+        raise UserError(
+            f"{path}.state_layout: is empty; say what the numbers of {foreign.state} are: {', '.join(STATE)}"
+        )
     for key, allowed in (("state_layout", STATE), ("layout", ACTION)):
         for i, name in enumerate(getattr(foreign, key)):
             if not (foreign.actions == "joint" and key == "layout"):
@@ -46,7 +51,10 @@ def check(path: str, foreign: Foreign) -> None:
 
 
 def state_vector(layout: Sequence[str], poses: np.ndarray) -> np.ndarray:
-    """State vectors float32 (..., S) of `poses` (..., 7); `layout` names their S numbers (names of STATE)."""
+    """State vectors float32 (..., S) of `poses` (..., 7); `layout` names their S numbers (names of STATE).
+
+    Where nothing of the pose is in it (`needs_pose`), NOWHERE may stand for it.
+    """
     named = dict(zip(POSE, np.moveaxis(np.asarray(poses, float), -1, 0)))
     named |= {"closedness": 1 - named["opening"], "zero": np.zeros_like(named["opening"])}
     return np.stack([named[name] for name in layout], -1).astype(np.float32)
@@ -104,7 +112,8 @@ class Translator:
         seen = images.pad(image, foreign.image_size) if foreign.image_size else image
         message = {foreign.cameras[0]: seen, foreign.prompt: row["prompt"]}
         if foreign.state:
-            message[foreign.state] = state_vector(foreign.state_layout, row["pose"])
+            pose = row["pose"] if needs_pose(foreign) else NOWHERE
+            message[foreign.state] = state_vector(foreign.state_layout, pose)
         return message
 
     def actions(self, answer: Mapping[str, Any], pose: np.ndarray | None) -> np.ndarray:

@@ -41,6 +41,7 @@ class LeRobot:
         where = pretrained.folder(policy, "")
         config = PreTrainedConfig.from_pretrained(where)
         self._layout = _state_layout(config, policy)
+        self._needs_pose = bool(self._layout) and foreign.needs_pose(policy.foreign)
         config.device = str(pretrained.torch_device(policy))
         self._policy = get_policy_class(config.type).from_pretrained(where, config=config)
         overrides = {"device_processor": {"device": config.device}}
@@ -59,7 +60,8 @@ class LeRobot:
             batch=self._batch, history=config.n_obs_steps, ensemble=ensemble or 0.0,
             execution=policy.execution or ("all" if ensemble is None else "ensemble"),
             revision=pretrained.revision(policy, where),
-            extra={"sampling": self._sampling, "deaf": config.type in DEAF, "needs_pose": bool(self._layout)},
+            extra={"sampling": self._sampling, "deaf": config.type in DEAF, "state": list(self._layout),
+                   "needs_pose": self._needs_pose},
         )  # fmt: skip
 
     def act(self, observation: Observation) -> dict[str, np.ndarray]:
@@ -94,6 +96,8 @@ class LeRobot:
         """The robot's states as the checkpoint has them, float32 (N, S)."""
         if not self._layout:
             return np.empty((len(observation), 0), np.float32)  # not looked at, but asked for its device
+        if not self._needs_pose:
+            return foreign.state_vector(self._layout, np.tile(foreign.NOWHERE, (len(observation), 1)))
         poses = np.atleast_2d(observation.extra.get("pose", ()))
         if poses.shape != (len(observation), len(POSE)):
             raise WireError(f"this policy needs the robot's `pose` (N, {len(POSE)}): {', '.join(POSE)}")
