@@ -25,6 +25,8 @@ HOST = {
     "mount": lambda: can_mount(),
     "slurm": lambda: installed() and importlib.util.find_spec("snakemake_executor_plugin_slurm") is not None,
     "lerobot": lambda: interpreter("lerobot").is_file(),  # `python envs/build.py lerobot` makes it
+    "openvla": lambda: interpreter("openvla").is_file(),  # `python envs/build.py openvla` makes it
+    "jax": lambda: interpreter("jax").is_file(),  # `python envs/build.py jax` makes it
     "openpi": lambda: interpreter("openpi").is_file(),  # `python envs/build.py openpi` makes it
     "tensorflow": lambda: interpreter("tfds").is_file(),  # `python envs/build.py tfds` makes it
 }

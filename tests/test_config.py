@@ -60,6 +60,8 @@ def test_every_shipped_configuration_is_valid(path):
         ("policies/x", {"endpoint": "ws://127.0.0.1:1", "revision": "1", "foreign": {"cameras": ["c"], "layout": ["z", "q"]}},
          r"policies\.x\.foreign\.layout\[1\]: 'q' is unknown"),
         ("policies/x", {"adapter": "tabletop_random", "foreign": {"cameras": ["c"]}}, r"for a server that is already running"),
+        ("policies/x", {"adapter": "lerobot", "foreign": {"state": "observation.state", "state_layout": ["x", "q"]}},
+         r"policies\.x\.foreign\.state_layout\[1\]: 'q' is unknown"),
         ("judges/primary", "clasifier", r"judges\.primary: 'clasifier' is unknown; did you mean 'classifier'"),
         ("judges/primary", "human", r"judges\.primary: 'human' is unknown"),
         ("judges/vlm", {"state": {"model": "m"}}, r"judges\.vlm\.state: is the name of another judge"),

@@ -67,6 +67,13 @@ def test_an_observation_gets_the_servers_names():
     }
 
 
+def test_a_state_of_zeros_needs_no_pose():
+    blind = replace(MAPPING, state_layout=("zero", "zero"))
+    without = {"image": row()["image"], "prompt": "x"}
+    assert Translator(blind, "r").observation(without)["observation/state"].tolist() == [0, 0]
+    assert refusals(blind, [("lift/0", None)]) == [] and len(refusals(MAPPING, [("lift/0", None)])) == 1
+
+
 def test_displacements_get_our_order_units_and_gripper():
     answer = {"actions": np.array([[-1.0, 0.2, 9.0, 0.1], [1.0, -0.2, 9.0, 0.0], [5.0, 0, 9.0, 0]])}
     actions = Translator(MAPPING, "r").actions(answer, None)
@@ -109,6 +116,7 @@ def test_other_answers_are_refused(answer, message):
         ({"layout": ["x", "yw"]}, r"p\.layout\[1\]: 'yw' is unknown; did you mean 'yaw'"),
         ({"layout": ["x", "x"]}, r"p\.layout: x, x names a number twice"),
         ({"state_layout": ["joint_1"]}, r"p\.state_layout\[0\]: 'joint_1' is unknown"),
+        ({"state": "state", "state_layout": []}, r"p\.state_layout: is empty; say what the numbers of state are: x, y"),
         ({"gripper_open": 0.0}, r"p\.gripper_open: 0 is gripper_closed as well"),
         ({"rotation_unit": 0.0}, r"p\.rotation_unit: 0 is not positive"),
     ],
@@ -243,14 +251,18 @@ def test_the_doctor_examines_a_server_that_fits(stranger, tmp_path):
 
 
 def test_rollouts_refuse_it_too(tmp_path, monkeypatch):
-    policies = {"p": Policy(foreign=replace(MAPPING, actions="joint"))}
+    policies = {"p": Policy(foreign=replace(MAPPING, actions="joint")), "ours": Policy()}
     settings = SimpleNamespace(
         policies=policies, rollouts=SimpleNamespace(repeats=1), lab=SimpleNamespace(scene="none")
     )
-    monkeypatch.setattr(running, "load_trials", lambda path: [trial(0)])
-    options = SimpleNamespace(policy="p", trials=None, shard=0, shards=1)
-    with pytest.raises(UserError, match="policy p: it answers joint angles"):
-        running.run(settings, options, None)
+    monkeypatch.setattr(running, "load_trials", lambda path: [trial(0), trial(1, None)])
+    client = SimpleNamespace(metadata=SimpleNamespace(extra={}))
+    reasons = {"p": "it answers joint angles", "ours": "it needs the robot's state, and 1 of 2 trials have"}
+    for name, reason in reasons.items():
+        options = SimpleNamespace(policy=name, trials=None, shard=0, shards=1)
+        with pytest.raises(UserError, match=f"policy {name}: {reason}"):
+            running.run(settings, options, client)
+        client.metadata.extra["needs_pose"] = True  # says our own server, whose configuration is elsewhere
 
 
 # ---- openpi's own package, in its own environment ---------------------------------------------------------------------

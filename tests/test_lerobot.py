@@ -19,7 +19,7 @@ from workflow_src.common.errors import UserError
 from workflow_src.common.video import write_video
 from workflow_src.episodes.action_maps import ActionMap
 from workflow_src.episodes.convert import convert
-from workflow_src.episodes.export_lerobot import CAMERA, export
+from workflow_src.episodes.export_lerobot import CAMERA, STATE, export
 from workflow_src.episodes.lerobot import LeRobot
 from workflow_src.episodes.merge import merge
 from workflow_src.episodes.registry import Dataset
@@ -84,12 +84,33 @@ def test_the_export_describes_itself(tmp_path, stores):
     assert np.shape(stats[CAMERA]["mean"]) == (3, 1, 1) and 0 < np.min(stats[CAMERA]["mean"]) < 1
 
 
+def test_recorded_states_are_exported_as_they_are(tmp_path):
+    states = [np.random.default_rng(i).normal(size=(count, 5)).astype(np.float32) for i, count in enumerate((4, 6))]
+    store = make_store(tmp_path / "train", frames_of([4, 6]), robot_state=states)
+    store.table["instruction"] = "lift it"
+    export([store], tmp_path / "out")
+    back = bring(
+        tmp_path / "out", tmp_path / "back", dataclasses.replace(ENTRY, splits={"train": 0}, robot_state=STATE)
+    )
+    for i, state in enumerate(states):
+        np.testing.assert_array_equal(back["train"].arrays(i)["robot_state"], state)
+    features = json.loads((tmp_path / "out" / "meta" / "info.json").read_text())["features"]
+    assert features[STATE]["shape"] == [5] and len(features[STATE]["names"]) == 5
+
+    odd = make_store(tmp_path / "odd" / "train", frames_of([4, 6]), robot_state=[states[0], states[1][:, :3]])
+    odd.table["instruction"] = "lift it"
+    with pytest.raises(
+        UserError, match=r"000000001\.npz: robot_state has the shape \(3,\), in the first episode \(5,\)"
+    ):
+        export([odd], tmp_path / "never")
+
+
 # What LeRobot's own class makes of a folder: every item of it.
 LOAD = """
     import sys
     import numpy as np
-    from workflow_src.policies.lerobot import _import_torchvision
-    _import_torchvision()
+    from workflow_src.policies.pretrained import import_torch
+    import_torch()
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     data = LeRobotDataset("own/exported", root=sys.argv[1], video_backend="pyav")
@@ -120,6 +141,7 @@ def test_lerobot_itself_loads_the_export(tmp_path, stores):
             assert set(seen["task"][frame : frame + count]) == {store.table["instruction"][i]}
             frame += count
     np.testing.assert_allclose(seen["mean"], seen["action"].mean(0), rtol=1e-5)
+    assert seen[STATE].shape == (22, 2) and not seen[STATE].any()  # these stores recorded none
 
 
 def test_stores_that_do_not_go_together_are_refused(tmp_path, stores):

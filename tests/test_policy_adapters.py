@@ -53,6 +53,7 @@ def install(monkeypatch):
             vars(module).update(content)
             monkeypatch.setitem(sys.modules, name, module)
 
+    put(torchvision={})
     return put
 
 
@@ -148,6 +149,7 @@ def test_openvla_sees_words_and_pixels_as_in_its_own_evaluation(install):
 
 
 def test_openvla_v01_speaks_vicuna():
+    assert openvla.prompt("Lift It", "/data/run_v01/openvla-7b").startswith("In: What action")
     assert openvla.prompt("Lift It", "openvla/openvla-v01-7b") == (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
         "polite answers to the user's questions. USER: What action should the robot take to lift it? ASSISTANT:"
@@ -158,6 +160,17 @@ def test_openvla_refuses_the_transformers_that_hide_the_image(install):
     install(transformers=transformers([], "4.50.0", bridge_orig=LIMITS))
     with pytest.raises(UserError, match=r"transformers 4.50.0 makes OpenVLA ignore the image; install 4.40.1"):
         load("openvla")
+
+
+def test_a_gripper_beyond_what_was_trained_on_is_an_opening():
+    said = np.array([[0, 0, 0, 0, 0, 0, gripper] for gripper in (-0.4, 0.3, 1.2)])
+    assert pretrained.metric(said, "widowx", 1.25)[:, 6].tolist() == [0, np.float32(0.3), 1]
+
+
+def test_a_state_that_nobody_looks_at_is_refused(install):
+    install(transformers=transformers([], "4.40.1", bridge_orig=LIMITS))
+    with pytest.raises(UserError, match=r"policies\.p\.foreign\.state: this policy takes no state of the robot"):
+        load("openvla", foreign=sections.Foreign(state="observation.state"))
 
 
 def test_statistics_must_be_unambiguous(install):
@@ -215,10 +228,11 @@ def tree_map(function, *trees):
     return function(*trees)
 
 
-def vmap(function):
-    def mapped(*arguments):
+def vmap(function, in_axes):
+    def mapped(model, *arguments):
+        assert in_axes == (None, 0, 0, 0)
         rows = range(len(arguments[-1]))
-        return np.stack([function(*tree_map(lambda leaf, row=row: leaf[row], arguments)) for row in rows])
+        return np.stack([function(model, *tree_map(lambda leaf, row=row: leaf[row], arguments)) for row in rows])
 
     return mapped
 
@@ -252,13 +266,29 @@ class OctoModel:
 
 
 @pytest.fixture
-def octo(install):
-    install(jax=JAX, octo={}, octo__model={}, octo__model__octo_model={"OctoModel": OctoModel})
-    return load("octo", checkpoint="hf://rail-berkeley/octo-small-1.5")
+def octo(install, tmp_path):
+    fetched = []
+
+    def snapshot_download(name, **source):
+        fetched.append((name, source))
+        return str(tmp_path)
+
+    install(
+        jax=JAX, octo={}, octo__model={}, octo__model__octo_model={"OctoModel": OctoModel},
+        huggingface_hub={"snapshot_download": snapshot_download},
+    )  # fmt: skip
+    policy = load("octo", checkpoint="hf://rail-berkeley/octo-small-1.5", revision="cafe")
+    assert fetched == [("rail-berkeley/octo-small-1.5", {"revision": "cafe", "local_files_only": False})]
+    assert OctoModel.where == str(tmp_path)
+    return policy
+
+
+def test_octo_takes_the_statistics_of_one_data_set_as_they_are(octo, monkeypatch, tmp_path):
+    monkeypatch.setattr(OctoModel, "dataset_statistics", {"action": {"mean": np.ones(7)}, "num_transitions": 9})
+    assert load("octo", checkpoint=str(tmp_path))._statistics is OctoModel.dataset_statistics["action"]
 
 
 def test_octo_sees_two_images_and_draws_anew_at_every_step(octo):
-    assert OctoModel.where == "hf://rail-berkeley/octo-small-1.5"
     assert (octo.metadata.chunk, octo.metadata.history, octo.metadata.execution, octo.metadata.ensemble) == (
         4,
         2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import av
@@ -369,6 +370,21 @@ def test_without_a_lab_everything_is_rehearsed_only(job, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "make_lab", lambda lab, num_envs: pytest.fail("there is no lab"))
     running.run(load_stage(tmp_path / "stage.json"), job[1], FakePolicy())
     assert len(pd.read_parquet(job[1].lab_out)) == 0 and len(by_name(tmp_path / "wm")) == 4
+    assert read_records(job[1].world_model_out).robot_state.isna().all()
+
+
+def test_what_is_told_the_reckoned_pose_is_marked_so(job, tmp_path, monkeypatch):
+    content = json.loads((tmp_path / "stage.json").read_text())
+    content["lab"] |= {"scene": "none", "embodiment": "widowx", "tasks": []}
+    (tmp_path / "stage.json").write_text(json.dumps(content))
+    stage, policy = load_stage(tmp_path / "stage.json"), FakePolicy()
+    policy.metadata.extra["needs_pose"] = True
+    with pytest.raises(UserError, match="fake: it needs the robot's state, and 2 of 2 trials have no initial_state"):
+        running.run(stage, job[1], policy)
+    starts = [replace(trial(index), initial_state=[0.1] * 7) for index in range(2)]
+    monkeypatch.setattr(running, "load_trials", lambda path: starts)
+    running.run(stage, job[1], policy)
+    assert set(read_records(job[1].world_model_out).robot_state) == {"dead_reckoned"}
 
 
 def test_model_digest_follows_weights_and_settings_but_not_provenance(tmp_path):

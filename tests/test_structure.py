@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "embodiments": {"common"},
     "tabletop": {"common", "embodiments"},
     "episodes": {"common", "embodiments", "world_model"},  # world_model: the tokenizer of the latent cache
+    "buckets": {"common", "episodes"},
     "world_model": {"common", "embodiments"},
     "policies": {"common", "embodiments"},
     "rollouts": {"common", "embodiments", "policies", "episodes"},
@@ -150,8 +151,8 @@ def test_locks_agree_with_their_environments():
             continue  # of a test alone
         own = {package_of(pin): pin.partition("==")[2] for pin in ENVIRONMENTS[lock.stem].pins}
         found = {package_of(line): line.partition("==")[2] for line in locked}
-        name = {"tfds": "tensorflow-cpu"}.get(lock.stem, lock.stem)
-        assert set(own) <= set(found) and found[name] == own[name]
+        name = {"tfds": "tensorflow-cpu", "openvla": "transformers"}.get(lock.stem, lock.stem)
+        assert set(own) - {"bitsandbytes"} <= set(found) and found[name] == own[name]  # which needs a GPU
 
 
 ROOMS_OF_POLICIES = ("common", "policies")

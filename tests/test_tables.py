@@ -63,6 +63,7 @@ def test_ranking_table(tmp_path, monkeypatch):
     means = per_task.groupby("policy")["success_real"].mean()
     assert means[ranking["policy"]].to_numpy() == pytest.approx(ranking["success_real"].to_numpy())
     assert set(found["agreement"]["scope"]) == {"all policies", "trained policies", "policy x task cells",
+                                       "all policies, partial credit", "cells, partial credit",
                                        "trained policy x task cells", "state judge", "within tasks",
                                        "trials"}  # fmt: skip
     assert set(found["judge"]["judge"]) == {"classifier", "state"}
@@ -261,6 +262,28 @@ def test_reality_by_trials_and_under_other_names(tmp_path):
     names = {policy.upper(): policy for policy in POLICIES}
     found = cells.load_reality(tmp_path / "reality.csv", list(POLICIES), data.TASKS, names)
     assert found.left_out == [] and (found.rate == 0.4).all() and (found.n == 5).all() and (found.partial == 0.5).all()
+
+
+@pytest.mark.parametrize("source", ["lab", "csv"])
+def test_agreement_of_partial_credit(tmp_path, source):
+    """Credit that is half of success plus a half correlates like success, and errs half as much."""
+    credit = lambda table: table.assign(partial=0.5 + 0.5 * table["success"])  # noqa: E731
+    given = {"reality": reality(tmp_path, credit)} if source == "csv" else {}
+    opened = study(tmp_path, data.judgements(per_task=4), **given)
+    found = tables.agreement_table(opened).set_index(["scope", "statistic"])
+    for scope in ("all policies", "policy x task cells"):
+        credited = f"{scope.replace('policy x task ', '')}, partial credit"
+        for name, part in (("pearson", 1.0), ("spearman", 1.0), ("mae", 0.5), ("bias", 0.5)):
+            value = found.loc[(credited, name), "value"]
+            assert value == pytest.approx(part * found.loc[(scope, name), "value"], abs=1e-6)
+            assert found.loc[(credited, name), "low"] <= value <= found.loc[(credited, name), "high"]
+
+
+def test_partial_credit_that_is_not_given_everywhere_is_not_compared(tmp_path):
+    judgements = data.judgements(per_task=4)
+    judgements.loc[(judgements["task"] == "lift") & (judgements["judge"] == "classifier"), "partial"] = np.nan
+    scopes = set(tables.agreement_table(study(tmp_path, judgements))["scope"])
+    assert "all policies" in scopes and not any("partial" in scope for scope in scopes)
 
 
 def test_a_published_table_is_real_results_too():

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from workflow_src.buckets.addresses import check_bucket, in_bucket
 from workflow_src.common.addresses import check_address, is_loopback
 from workflow_src.common.config import check_name
 from workflow_src.common.errors import UserError
-from workflow_src.common.sections import Config, Foreign, Policy, Vlm
+from workflow_src.common.sections import Config, Foreign, Policy, Publish, Vlm
 from workflow_src.embodiments import EMBODIMENTS
 from workflow_src.episodes.mixture import frame_skips, read_mixture
 from workflow_src.episodes.registry import Dataset, load_registry
@@ -26,6 +27,9 @@ PROMPTS = ROOT / "config" / "prompts"
 FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 LEARNED = ("classifier", "state")  # judges that one training makes and one job runs
 HUMAN = "human"
+# Folders of the results that can be published.
+PARTS = ("tables", "figures", "gallery", "notebooks", "rollouts", "judgements", "world_model", "config", "trials",
+         "calibration", "judge", "policies", "tokenizer", "episodes")  # fmt: skip
 EXISTING = "conda:"  # before the name of a conda environment that exists
 
 
@@ -40,6 +44,8 @@ def check(config: Config) -> Config:
     _check_data(config)
     _check_own_frames(config)
     check_published(config)
+    if config.publish.to:
+        _check_publish(config.publish)
     if config.reality and not Path(config.reality).is_file():
         raise UserError(f"reality: {config.reality!r} is not a file; give a CSV of real results, or '' for the lab")
     return config
@@ -92,14 +98,18 @@ def _check_data(config: Config) -> None:
         _check_file_name("episodes.dataset" if name == own else f"episodes.stores.{name}", name)
     if own in stores:
         raise UserError(f"episodes.stores.{own}: is what the lab's data set is called (episodes.dataset); rename one")
-    for name in stores:
-        split_folder(config, name, "train")
+    here = [name for name, place in stores.items() if not in_bucket(place)]
+    for name, place in stores.items():
+        if name in here:
+            split_folder(config, name, "train")
+        else:
+            check_bucket(f"episodes.stores.{name}", place)
     mixture = read_mixture(config.world_model.data, own)
     registered = load_registry(config.episodes.recorded.registry)
     for name in mixture.names:
         check_name("world_model.data", name, [own, *stores, *registered])
     _check_recorded(config, registered)
-    if mixture.names[0] in stores:
+    if mixture.names[0] in here:
         split_folder(config, mixture.names[0], "validation")
     skips = dict(zip(mixture.names, frame_skips(config.world_model.frame_skip, mixture.names)))
     frames = 1 + (config.world_model.clip_frames - 1) * skips.get(own, 0)
@@ -109,6 +119,14 @@ def _check_data(config: Config) -> None:
             f"({config.lab.horizon + 1} frames at lab.horizon {config.lab.horizon}"
             + (f", every {skips[own]}. shown)" if skips[own] > 1 else ")")
         )
+
+
+def _check_publish(publish: Publish) -> None:
+    check_bucket("publish.to", publish.to)
+    for i, part in enumerate(publish.parts):
+        check_name(f"publish.parts[{i}]", part, PARTS)
+    if not publish.parts:
+        raise UserError(f"publish.parts: [] is empty; name at least one of {', '.join(PARTS)}")
 
 
 def recorded_sets(config: Config) -> dict[str, Dataset]:
@@ -176,8 +194,13 @@ def _check_policies(config: Config) -> None:
         if policy.endpoint:
             _check_endpoint(path, policy)
             continue
-        if policy.foreign != Foreign():
-            raise UserError(f"{path}.foreign: is for a server that is already running; name it as endpoint")
+        state = {"state": policy.foreign.state, "state_layout": policy.foreign.state_layout}
+        if policy.foreign != replace(Foreign(), **state):
+            raise UserError(
+                f"{path}.foreign: is for a server that is already running; name it as endpoint, or of a checkpoint give "
+                "state and state_layout alone"
+            )
+        check_foreign(f"{path}.foreign", policy.foreign)
         check_name(f"{path}.adapter", policy.adapter, ADAPTERS)
         _check_environment(f"{path}.env", policy.env, [file.stem for file in (ROOT / "envs").glob("*.yaml")])
         if policy.network:

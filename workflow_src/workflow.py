@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from workflow_src.buckets.addresses import in_bucket
 from workflow_src.checks import (
     EXISTING,
     HUMAN,
@@ -128,7 +129,14 @@ class Workflow:
             there = self.recorded[dataset].stored_splits()
             name = next(name for name in SPLITS.get(split, (split,)) if name in there)
             return f"{self.results}/episodes/{dataset}/{name}/episodes.parquet"
+        if dataset in self.in_buckets:
+            return f"{self.results}/episodes/{dataset}/{split}/episodes.parquet"
         return _table_of(split_folder(self.config, dataset, split))
+
+    @property
+    def in_buckets(self) -> dict[str, str]:
+        """Name → address of the data sets that lie in buckets."""
+        return {name: place.rstrip("/") for name, place in self.config.episodes.stores.items() if in_bucket(place)}
 
     @property
     def recording(self) -> str | Callable:

@@ -138,6 +138,17 @@ def cell_rows(paired: Paired, scope: str, confidence: float, generator: np.rando
     return about(rows, scope, paired.real.size, CELLS, paired.pairing)
 
 
+def credit_rows(paired: Paired, confidence: float) -> list[dict[str, Any]]:
+    """Agreement of partial credit, which is what WorldGym correlates: of policy means, and of policy x task cells."""
+    rows = []
+    for scope, n, what, summary, noun in (
+        ("all policies, partial credit", len(paired.policies), "mean partial credit over tasks", means, "policies"),
+        ("cells, partial credit", paired.real.size, "partial credit of a policy on a task", flat, "cells"),
+    ):
+        rows += about(_metric_rows(METRICS, paired, summary, confidence, noun), scope, n, what, paired.pairing)
+    return rows
+
+
 def within_rows(paired: Paired) -> list[dict[str, Any]]:
     """Agreement inside each task (over policies; means and sums over tasks) and inside each policy (over tasks)."""
     points = (paired.imagined.T, paired.real.T)

@@ -147,12 +147,15 @@ def agreement_table(study: Study) -> pd.DataFrame:
     if study.real is None:
         return pd.DataFrame(columns=AGREEMENT_COLUMNS)
     generator = seeds.rng(study.stage.seed, "agreement")
+    weights = None
     if study.truth is None:
-        rows = _scopes(study, lambda found: _against_a_csv(study, found), generator)
-        return pd.DataFrame(rows, columns=AGREEMENT_COLUMNS)
-    weights = resampling.frame_weights(study.imagined.tasks, study.stage.analysis.resamples, generator)
-    rows = _scopes(study, lambda found: _on_same_frames(study, found, weights), generator)
-    rows += agreement.trial_rows(study.imagined, study.truth, weights, study.confidence)
+        rows = _scopes(study, lambda found: _against_a_csv(study, rates_of(found), study.real.rate), generator)
+    else:
+        weights = resampling.frame_weights(study.imagined.tasks, study.stage.analysis.resamples, generator)
+        rows = _scopes(study, lambda found: _on_same_frames(study, found, weights), generator)
+        rows += agreement.trial_rows(study.imagined, study.truth, weights, study.confidence)
+    if credit := _partial_credit(study, weights):
+        rows += agreement.credit_rows(credit, study.confidence)
     return pd.DataFrame(rows, columns=AGREEMENT_COLUMNS)
 
 
@@ -170,8 +173,8 @@ def _on_same_frames(study: Study, found: Outcomes, weights: np.ndarray) -> Paire
     )  # fmt: skip
 
 
-def _against_a_csv(study: Study, found: Outcomes) -> Paired:
-    rates, generator = rates_of(found), seeds.rng(study.stage.seed, "posterior")
+def _against_a_csv(study: Study, rates: Rates, real: np.ndarray) -> Paired:
+    generator = seeds.rng(study.stage.seed, "posterior")
     block = np.ix_(*(
         [every.index(name) for name in some]
         for every, some in ((study.policies, study.real_policies), (study.tasks, study.real_tasks))
@@ -180,11 +183,37 @@ def _against_a_csv(study: Study, found: Outcomes) -> Paired:
         study.real_policies,
         study.real_tasks,
         rates.rate[block],
-        study.real.rate,
+        real,
         rates.size[block],
         study.real.n,
         generator,
     )
+
+
+def _partial_credit(study: Study, weights: np.ndarray | None) -> Paired | None:
+    """Partial credit on both sides; None unless the primary judge and reality give it for every policy and task."""
+
+    def credit(world: str, judge: str) -> Outcomes | None:
+        if "partial" not in study.judgements:
+            return None
+        found = records.outcomes(study.judgements, world, judge, study.policies, study.tasks, "partial")
+        return found if (found.cells()[1] > 0).all() else None
+
+    imagined = credit(IMAGINED, study.stage.judges.primary)
+    if imagined is None:
+        return None
+    if study.truth is None:
+        known = not np.isnan(study.reality.partial).any()
+        return _against_a_csv(study, rates_of(imagined), study.reality.partial) if known else None
+    real = credit(LAB, TRUTH)
+    if real is None:
+        return None
+    (imagined_rate, n_imagined), (real_rate, n_real) = imagined.cells(), real.cells()
+    draws = (resampling.frame_draws(side, weights) for side in (imagined, real))
+    return Paired(
+        tuple(study.policies), tuple(study.tasks), imagined_rate, real_rate, n_imagined, n_real, *draws,
+        resampling.SAME_FRAMES, resampling.BOOTSTRAP, None,
+    )  # fmt: skip
 
 
 def _scopes(study: Study, paired: Callable[[Outcomes], Paired], generator: np.random.Generator) -> list[dict[str, Any]]:

@@ -50,6 +50,18 @@ def copy_file(source: str | Path, target: str | Path) -> None:
             shutil.copyfile(source, temporary)
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Give a finished file a second name, replacing what had it. Where the disk is another one, copy it there."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}.tmp{target.suffix}")
+    try:
+        os.link(source, temporary)
+    except OSError:
+        return copy_file(source, target)
+    return os.replace(temporary, target)
+
+
 def create_array(path: str | Path, shape: tuple[int, ...], dtype: type) -> np.memmap:
     """A new writable `.npy` file, mapped into memory, whose disk space is taken at once.
 

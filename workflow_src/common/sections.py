@@ -63,7 +63,8 @@ class Episodes:
     """Recorded robot data."""
 
     dataset: str = "tabletop"  # name of the data set that the lab records
-    # Name → folder of other data sets, with a folder per split: train, and validation, val or test.
+    # Name → folder of other data sets, with a folder per split: train, and validation, val or test. Or its address in a
+    # bucket (s3://…), from which train and validation are fetched.
     stores: dict[str, str] = field(default_factory=dict)
     recorded: Recorded = field(default_factory=Recorded)
     splits: dict[str, Split] = field(
@@ -222,7 +223,10 @@ class BehaviourCloning:
 
 @dataclass(frozen=True)
 class Foreign:
-    """How a server of openpi's protocol that has never heard of this project is spoken to. Without `cameras`: as ours are."""
+    """How a server of openpi's protocol that has never heard of this project is spoken to. Without `cameras`: as ours are.
+
+    `state` and `state_layout` say the same of a checkpoint that one of our servers loads; the rest is the server's alone.
+    """
 
     cameras: tuple[str, ...] = ()  # keys of the images it wants; a rollout shows one
     image_size: int = 0  # pixels, square, bilinear with black bars as openpi's client resizes; 0: as it is
@@ -260,7 +264,8 @@ class Policy:
     # Conda environment: envs/<env>.yaml; conda:<name> of one that exists; its folder; or path of a Python interpreter.
     env: str = "tabletop"
     endpoint: str = ""  # ws://host:port of a server that is already running, instead of adapter and env
-    foreign: Foreign = field(default_factory=Foreign)  # what that server calls things, and in which units it answers
+    # What that server calls things, and in which units it answers; of a checkpoint that wants the robot's state: its numbers.
+    foreign: Foreign = field(default_factory=Foreign)
     revision: str = ""  # what that server serves, required with `endpoint`; of a checkpoint: see above
     token_env: str = ""  # environment variable that holds its token
     allow_plaintext: bool = False  # permit ws:// to another machine
@@ -373,6 +378,15 @@ class Distributed:
 
 
 @dataclass(frozen=True)
+class Publish:
+    """The target `publish`: a copy of the results in a bucket."""
+
+    to: str = ""  # s3://bucket/folder; empty: nowhere
+    # Folders of the results. The gallery shows videos that lie in `rollouts`.
+    parts: tuple[str, ...] = ("tables", "figures", "gallery", "notebooks", "rollouts", "judgements", "world_model")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything one run of the workflow depends on."""
 
@@ -397,5 +411,6 @@ class Config:
     local_cache: str = ""
     # Environment → image that its jobs run in with `--sdm apptainer`: docker://registry/name:tag, or a .sif file that is here.
     images: dict[str, str] = field(default_factory=dict)
+    publish: Publish = field(default_factory=Publish)
     reality: str = ""  # CSV of real results (policy, task, success, n, source); empty: the lab is reality
     reality_names: dict[str, str] = field(default_factory=dict)  # name in that CSV → policy or task here

@@ -1,7 +1,8 @@
 """Export the splits of a store as one LeRobot v3.0 data set.
 
 Videos are copied as they are, one file per episode. A frame's `action` is the metric one that leads on from it; the last
-frame's, which leads nowhere, is zero and keeps the gripper.
+frame's, which leads nowhere, is zero and keeps the gripper. `observation.state` is what the store recorded of its robot; where
+it recorded nothing, two zeros, because LeRobot trains no policy without a state, and takes a vector of one for a number.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from workflow_src.episodes.store import EpisodeStore, episode_paths
 EXAMPLES = """example:
   python -m workflow_src.episodes.export_lerobot results/episodes/viola/train results/episodes/viola/test --out viola_lerobot
 """
-CAMERA = "observation.images.main"
+CAMERA, STATE = "observation.images.main", "observation.state"
 CHUNK = 1000  # files in a folder
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
@@ -74,7 +75,7 @@ def export(stores: list[EpisodeStore], out: Path) -> None:
         "codebase_version": "v3.0", "robot_type": robot, "total_episodes": len(rows), "total_frames": len(frames),
         "total_tasks": len(texts), "chunks_size": CHUNK, "data_files_size_in_mb": 100, "video_files_size_in_mb": 200,
         "fps": int(hz) if hz == int(hz) else hz, "splits": splits, "data_path": DATA_PATH, "video_path": VIDEO_PATH,
-        "features": _features(size, len(frames["action"][0]), hz),
+        "features": _features(size, len(frames["action"][0]), len(frames[STATE][0]), hz),
     })  # fmt: skip
 
 
@@ -95,11 +96,23 @@ def _frames(store: EpisodeStore, i: int, episode: int, first: int, hz: float, te
     last = np.zeros_like(actions[-1:])
     last[:, GRIPPER] = actions[-1, GRIPPER]
     return pd.DataFrame({
-        "action": list(np.concatenate([actions, last])),
+        "action": list(np.concatenate([actions, last])), STATE: list(_state(store, i, count)),
         "timestamp": (np.arange(count) / hz).astype(np.float32), "frame_index": np.arange(count),
         "episode_index": episode, "index": first + np.arange(count),
         "task_index": texts.index(store.table["instruction"].iloc[i]),
     })  # fmt: skip
+
+
+def _state(store: EpisodeStore, i: int, count: int) -> np.ndarray:
+    """float32 (count, S). Raises UserError where it is not as in the store's first episode."""
+    first, found = (store.arrays(j).get("robot_state") for j in (0, i))
+    shapes = [None if state is None else state.shape[1:] for state in (first, found)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"{episode_paths(store.root, int(store.table['index'].iloc[i]))[1]}: robot_state has the shape {shapes[1]}, in the "
+            f"first episode {shapes[0]}; export stores of one robot"
+        )
+    return np.zeros((count, 2), np.float32) if found is None else found
 
 
 def _episode(table: pd.DataFrame, texts: list[str], hz: float) -> dict:
@@ -113,7 +126,7 @@ def _episode(table: pd.DataFrame, texts: list[str], hz: float) -> dict:
     }  # fmt: skip
 
 
-def _features(size: tuple[int, int], width: int, hz: float) -> dict:
+def _features(size: tuple[int, int], width: int, state: int, hz: float) -> dict:
     height, columns = size
     video = {"video.height": height, "video.width": columns, "video.codec": "h264", "video.fps": hz, "video.channels": 3,
              "video.is_depth_map": False, "has_audio": False}  # fmt: skip
@@ -121,6 +134,7 @@ def _features(size: tuple[int, int], width: int, hz: float) -> dict:
                 for name in COUNTERS}  # fmt: skip
     return {
         "action": {"dtype": "float32", "shape": [width], "names": NAMES[:width]},
+        STATE: {"dtype": "float32", "shape": [state], "names": [f"state_{i}" for i in range(state)]},
         CAMERA: {
             "dtype": "video",
             "shape": [height, columns, 3],
@@ -134,7 +148,7 @@ def _features(size: tuple[int, int], width: int, hz: float) -> dict:
 def _statistics(frames: pd.DataFrame, stores: list[EpisodeStore]) -> dict:
     """Minimum, maximum, mean, standard deviation and count of every feature; images by the first frame of each episode."""
     columns = {name: frames[name].to_numpy(np.float64)[:, None] for name in COUNTERS}
-    columns["action"] = np.stack(frames["action"]).astype(np.float64)
+    columns |= {name: np.stack(frames[name]).astype(np.float64) for name in ("action", STATE)}
     found = {name: _summary(values, 0) for name, values in columns.items()}
     images = np.concatenate([store.read(i, [0]) for store in stores for i in range(len(store))]) / 255
     found[CAMERA] = _summary(images.transpose(0, 3, 1, 2), (0, 2, 3)) | {"count": [len(images)]}

@@ -51,9 +51,13 @@ class Adapter(Protocol):
 
 
 def load(name: str, policy: sections.Policy, networks: Path, lab: sections.Lab, seed: int, batch: int) -> Adapter:
-    """Imports adapter `policy.adapter` and loads policy `name` with it. Raises UserError for an unknown adapter."""
+    """Imports adapter `policy.adapter` and loads policy `name` with it. Raises UserError for an unknown adapter, and for a
+    state of the robot that the policy would not look at."""
     config.check_name(f"policies.{name}.adapter", policy.adapter, ADAPTERS)
-    return importlib.import_module(ADAPTERS[policy.adapter]).load(policy, networks, lab, seed, batch)
+    loaded = importlib.import_module(ADAPTERS[policy.adapter]).load(policy, networks, lab, seed, batch)
+    if policy.foreign.state and not loaded.metadata.extra.get("state"):
+        raise UserError(f"policies.{name}.foreign.state: this policy takes no state of the robot; remove it")
+    return loaded
 
 
 def _adapters() -> dict[str, str]:

@@ -26,7 +26,7 @@ from workflow_src.common.config import check_name, load, load_stage, write_stage
 from workflow_src.common.errors import UserError, run_cli
 from workflow_src.common.files import atomic_path
 from workflow_src.common.process import die_with_parent
-from workflow_src.common.sections import Policy
+from workflow_src.common.sections import Foreign, Policy
 from workflow_src.common.seeds import rng
 from workflow_src.policies.client import PolicyClient, PolicyError, connect
 from workflow_src.policies.foreign import refusals, translator_of
@@ -314,6 +314,14 @@ def arguments() -> argparse.Namespace:
     return options
 
 
+def mapping(foreign: Foreign, states: list[tuple[str, list[float] | None]], told: bool | None = False) -> list[Finding]:
+    """Why the policy cannot be rolled out at all, shown; see `foreign.refusals`."""
+    findings = [Finding("mapping", False, line) for line in refusals(foreign, states, told)]
+    for finding in findings:
+        show(finding)
+    return findings
+
+
 def write_table(path: Path, findings: list[Finding]) -> None:
     """A row per check: check, outcome (passed, failed, not judged), finding."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as handle:
@@ -339,9 +347,7 @@ def main() -> None:
     frames, prompts = fixtures(options.trials, options.image_size or (known.lab.image_size if known else 256))
     policy = known.policies.get(options.policy, Policy()) if known else Policy()
     states = known_states(options.trials)
-    findings = [Finding("mapping", False, line) for line in refusals(policy.foreign, states)]
-    for finding in findings:
-        show(finding)
+    findings = mapping(policy.foreign, states)
     if not findings:
         with contextlib.ExitStack() as stack:
             endpoint = options.endpoint or stack.enter_context(serving(options))
@@ -350,10 +356,12 @@ def main() -> None:
                 endpoint, options.deadline, token, policy=options.policy, allow_plaintext=options.allow_plaintext,
                 translator=translator_of(policy),
             ))  # fmt: skip
-            pose = {"pose": tuple(states[0][1])} if states and client.metadata.extra.get("needs_pose") else {}
-            for finding in examine(Patient(client, robot, frames, prompts, **pose)):
-                findings.append(finding)
-                show(finding)
+            needs_pose = client.metadata.extra.get("needs_pose")
+            if not (findings := mapping(policy.foreign, states, needs_pose)):
+                pose = {"pose": tuple(states[0][1])} if states and needs_pose else {}
+                for finding in examine(Patient(client, robot, frames, prompts, **pose)):
+                    findings.append(finding)
+                    show(finding)
     if options.out:
         write_table(options.out, findings)
     if failed := [finding.check for finding in findings if finding.passed is False]:

@@ -1,7 +1,8 @@
 """Speak with an openpi server that has never heard of this project: its observation keys and its actions, as configured.
 
-Such a server wants the robot's pose; a world of images has none, so it is reckoned from the trial's `initial_state` and the
-actions since. `pose` float64 (7,): x, y, z (m), roll, pitch, yaw (rad), gripper opening [0, 1].
+Such a server wants the robot's pose, as do checkpoints that our own servers load; a world of images has none, so it is reckoned
+from the trial's `initial_state` and the actions since. `pose` float64 (7,): x, y, z (m), roll, pitch, yaw (rad), gripper
+opening [0, 1].
 """
 
 from __future__ import annotations
@@ -20,16 +21,21 @@ from workflow_src.policies.wire import Metadata, WireError
 
 STATE = (*POSE[:6], "opening", "closedness", "zero")  # what a state vector may be made of
 ACTION = (*POSE[:6], "gripper", "_")  # "_": a number that is not looked at
+NOWHERE = np.zeros(len(POSE))
 DEAD_RECKONED = "dead_reckoned"  # in results: what stood for the robot's state
 
 
 def needs_pose(foreign: Foreign) -> bool:
-    """Whether the robot's pose has to be reckoned: it is sent, or absolute poses are measured from it."""
-    return bool(foreign.state) or foreign.actions == "absolute"
+    """Whether the robot's pose has to be reckoned: something of it is sent, or absolute poses are measured from it."""
+    return bool(foreign.state and set(foreign.state_layout) - {"zero"}) or foreign.actions == "absolute"
 
 
 def check(path: str, foreign: Foreign) -> None:
     """Raise UserError for a mapping that contradicts itself; `path` is where it stands in the configuration."""
+    if foreign.state and not foreign.state_layout:
+        raise UserError(
+            f"{path}.state_layout: is empty; say what the numbers of {foreign.state} are: {', '.join(STATE)}"
+        )
     for key, allowed in (("state_layout", STATE), ("layout", ACTION)):
         for i, name in enumerate(getattr(foreign, key)):
             if not (foreign.actions == "joint" and key == "layout"):
@@ -44,8 +50,21 @@ def check(path: str, foreign: Foreign) -> None:
             raise UserError(f"{path}.{key}: {getattr(foreign, key):g} is not positive; what is one unit, in m or rad?")
 
 
-def refusals(foreign: Foreign, trials: Sequence[tuple[str, Sequence[float] | None]]) -> list[str]:
-    """Why this server cannot be rolled out at all, a line each. `trials`: name and `initial_state`."""
+def state_vector(layout: Sequence[str], poses: np.ndarray) -> np.ndarray:
+    """State vectors float32 (..., S) of `poses` (..., 7); `layout` names their S numbers (names of STATE).
+
+    Where nothing of the pose is in it (`needs_pose`), NOWHERE may stand for it.
+    """
+    named = dict(zip(POSE, np.moveaxis(np.asarray(poses, float), -1, 0)))
+    named |= {"closedness": 1 - named["opening"], "zero": np.zeros_like(named["opening"])}
+    return np.stack([named[name] for name in layout], -1).astype(np.float32)
+
+
+def refusals(
+    foreign: Foreign, trials: Sequence[tuple[str, Sequence[float] | None]], told: bool | None = False
+) -> list[str]:
+    """Why this policy cannot be rolled out at all, a line each. `trials`: name and `initial_state`; `told`: its server says
+    that it needs the pose."""
     found = []
     if foreign.actions == "joint":
         found.append("it answers joint angles; a world model is moved by the gripper's displacement")
@@ -54,7 +73,7 @@ def refusals(foreign: Foreign, trials: Sequence[tuple[str, Sequence[float] | Non
             f"it looks through {len(foreign.cameras)} cameras ({', '.join(foreign.cameras)}); a rollout shows one"
         )
     without = [name for name, state in trials if state is None or len(state) != len(POSE)]
-    if needs_pose(foreign) and without:
+    if (told or needs_pose(foreign)) and without:
         found.append(
             f"it needs the robot's state, and {len(without)} of {len(trials)} trials have no initial_state of {len(POSE)} "
             f"numbers ({', '.join(POSE)}), the first is {without[0]}"
@@ -93,8 +112,8 @@ class Translator:
         seen = images.pad(image, foreign.image_size) if foreign.image_size else image
         message = {foreign.cameras[0]: seen, foreign.prompt: row["prompt"]}
         if foreign.state:
-            values = dict(zip(POSE, row["pose"])) | {"closedness": 1 - row["pose"][6], "zero": 0.0}
-            message[foreign.state] = np.array([values[name] for name in foreign.state_layout], np.float32)
+            pose = row["pose"] if needs_pose(foreign) else NOWHERE
+            message[foreign.state] = state_vector(foreign.state_layout, pose)
         return message
 
     def actions(self, answer: Mapping[str, Any], pose: np.ndarray | None) -> np.ndarray:

@@ -1,12 +1,12 @@
 """Any LeRobot checkpoint with one camera and end-effector displacements: ACT, Diffusion Policy, SmolVLA, pi0, ….
 
 Its own pre- and post-processors normalise; what is done of a chunk is what its configuration says. Options state what the
-data set's numbers mean: metres and radians per unit, and the gripper's command when it is open and when it is closed.
+data set's numbers mean: metres and radians per unit, and the gripper's command when it is open and when it is closed. Of a
+checkpoint that wants the robot's state, `foreign` says what its numbers are: {state: observation.state, state_layout: [x, …]}.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import numpy as np
 from workflow_src.common import sections
 from workflow_src.common.errors import UserError
 from workflow_src.common.seeds import derive
-from workflow_src.policies import images, pretrained
+from workflow_src.embodiments import POSE
+from workflow_src.policies import foreign, images, pretrained
 from workflow_src.policies.adapter import Observation, in_batches
 from workflow_src.policies.wire import Metadata, WireError
 
@@ -33,12 +34,14 @@ class LeRobot:
 
     def __init__(self, policy: sections.Policy, lab: sections.Lab, batch: int):
         pretrained.refuse_other_dtypes(policy)
-        self._torch = _import_torchvision()
+        self._torch = pretrained.import_torch()
         from lerobot.configs.policies import PreTrainedConfig
         from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
-        where = _folder(policy)
+        where = pretrained.folder(policy, "")
         config = PreTrainedConfig.from_pretrained(where)
+        self._layout = _state_layout(config, policy)
+        self._needs_pose = bool(self._layout) and foreign.needs_pose(policy.foreign)
         config.device = str(pretrained.torch_device(policy))
         self._policy = get_policy_class(config.type).from_pretrained(where, config=config)
         overrides = {"device_processor": {"device": config.device}}
@@ -56,7 +59,9 @@ class LeRobot:
             control_rate=pretrained.embodiments.get(lab.embodiment).control_hz, chunk=chunk, batched=True,
             batch=self._batch, history=config.n_obs_steps, ensemble=ensemble or 0.0,
             execution=policy.execution or ("all" if ensemble is None else "ensemble"),
-            revision=pretrained.revision(policy, where), extra={"sampling": self._sampling, "deaf": config.type in DEAF},
+            revision=pretrained.revision(policy, where),
+            extra={"sampling": self._sampling, "deaf": config.type in DEAF, "state": list(self._layout),
+                   "needs_pose": self._needs_pose},
         )  # fmt: skip
 
     def act(self, observation: Observation) -> dict[str, np.ndarray]:
@@ -79,18 +84,24 @@ class LeRobot:
 
     def _windows(self, observation: Observation) -> list[list[dict[str, np.ndarray]]]:
         """For each row its last `n_obs_steps` images and states, oldest first; before the first stand copies of it."""
-        states = observation.extra.get("state")
-        if STATE not in self._config.input_features:
-            states = np.empty((len(observation), 0))  # not looked at, but asked for its device
-        elif states is None:
-            raise WireError("this policy needs the robot's state, and a world of images has none to give")
-        windows = []
+        windows, states = [], self._states(observation)
         for row, (episode, step) in enumerate(zip(observation.episode.tolist(), observation.step.tolist())):
-            now = {self._camera: self._fitted(observation.image[row]), STATE: np.asarray(states[row], np.float32)}
+            now = {self._camera: self._fitted(observation.image[row]), STATE: states[row]}
             window = [*self._memory.before(episode, step), now]
             self._memory.add(episode, step, now)
             windows.append([window[0]] * (self._config.n_obs_steps - len(window)) + window)
         return windows
+
+    def _states(self, observation: Observation) -> np.ndarray:
+        """The robot's states as the checkpoint has them, float32 (N, S)."""
+        if not self._layout:
+            return np.empty((len(observation), 0), np.float32)  # not looked at, but asked for its device
+        if not self._needs_pose:
+            return foreign.state_vector(self._layout, np.tile(foreign.NOWHERE, (len(observation), 1)))
+        poses = np.atleast_2d(observation.extra.get("pose", ()))
+        if poses.shape != (len(observation), len(POSE)):
+            raise WireError(f"this policy needs the robot's `pose` (N, {len(POSE)}): {', '.join(POSE)}")
+        return foreign.state_vector(self._layout, poses)
 
     def _fitted(self, image: np.ndarray) -> np.ndarray:
         """float32 (3, H, W), 0 to 1, at the policy's size; only squares are resized, since others would be distorted."""
@@ -131,36 +142,6 @@ class LeRobot:
         return actions
 
 
-def _folder(policy: sections.Policy) -> str:
-    """The checkpoint's folder; one on the hub is fetched as a whole, since its processors have no revision of their own."""
-    where = pretrained.checkpoint(policy, "")
-    if Path(where).is_dir():
-        return where
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(where, **pretrained.hub(policy))
-
-
-def _import_torchvision() -> Any:
-    """torch, with torchvision imported. PyPI's torchvision is built for CUDA: beside a torch for CPUs its compiled operators
-    do not load and, for one of them that is not declared, nothing does. The networks need its Python part alone.
-    """
-    import torch
-
-    try:
-        import torchvision
-    except RuntimeError as problem:
-        if "torchvision::nms" not in str(problem):
-            raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        # Kept for ever: the declaration ends with the object.
-        _import_torchvision.operators = torch.library.Library("torchvision", "DEF")
-        _import_torchvision.operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision  # noqa: F401
-    return torch
-
-
 def _camera(config: Any, policy: sections.Policy) -> tuple[str, tuple[int, int]]:
     """Name and size (H, W) of the one camera. Raises UserError for none or several."""
     cameras = {name: feature.shape for name, feature in config.input_features.items() if feature.type == CAMERA}
@@ -171,6 +152,25 @@ def _camera(config: Any, policy: sections.Policy) -> tuple[str, tuple[int, int]]
         )
     ((name, shape),) = cameras.items()
     return name, (shape[1], shape[2])
+
+
+def _state_layout(config: Any, policy: sections.Policy) -> tuple[str, ...]:
+    """What the numbers of the state that the checkpoint wants are; empty: it wants none. Raises UserError where that is not
+    configured, or not for as many numbers."""
+    if STATE not in config.input_features:
+        return ()
+    (wanted,), layout = config.input_features[STATE].shape, policy.foreign.state_layout
+    if policy.foreign.state != STATE:
+        raise UserError(
+            f"adapter {policy.adapter}: the checkpoint wants the robot's state, {wanted} numbers; say what they are: "
+            f"foreign: {{state: {STATE}, state_layout: [{wanted} of {', '.join(foreign.STATE)}]}}"
+        )
+    if len(layout) != wanted:
+        raise UserError(
+            f"adapter {policy.adapter}: foreign.state_layout names {len(layout)} numbers ({', '.join(layout)}), and the "
+            f"checkpoint wants {wanted}"
+        )
+    return layout
 
 
 def _execution(config: Any) -> tuple[int, float | None]:

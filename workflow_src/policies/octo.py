@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from workflow_src.policies import images, pretrained
 from workflow_src.policies.adapter import Observation, in_batches
 from workflow_src.policies.wire import Metadata
 
-CHECKPOINT = "hf://rail-berkeley/octo-base-1.5"
+CHECKPOINT = "rail-berkeley/octo-base-1.5"
 IMAGE, WINDOW, CHUNK = 256, 2, 4
 
 
@@ -27,33 +28,37 @@ class Octo:
 
         pretrained.refuse_other_dtypes(policy)
         if policy.offline:
-            os.environ["HF_HUB_OFFLINE"] = "1"
+            os.environ["HF_HUB_OFFLINE"] = "1"  # for T5's tokenizer and configuration, which it fetches by itself
         if policy.device:
             os.environ["JAX_PLATFORMS"] = policy.device
         import jax
         from octo.model.octo_model import OctoModel
 
-        where = policy.checkpoint or CHECKPOINT
-        where = where if where.startswith("hf://") else pretrained.checkpoint(policy, CHECKPOINT)
+        # Octo fetches from the hub by itself as well, but always the newest revision.
+        where = pretrained.folder(replace(policy, checkpoint=policy.checkpoint.removeprefix("hf://")), CHECKPOINT)
         self._model, self._batch, self._embodiment = OctoModel.load_pretrained(where), batch, lab.embodiment
         self._gain = pretrained.options(policy)["commanded_gain"]
         known = self._model.dataset_statistics
-        self._statistics = known[pretrained.statistics_key(policy, lab.embodiment, known)]["action"]
+        if "action" in known:  # fine-tuned on one data set
+            self._statistics = known["action"]
+        else:
+            self._statistics = known[pretrained.statistics_key(policy, lab.embodiment, known)]["action"]
         self._memory = pretrained.Memory(WINDOW - 1)
 
-        def one(seen: dict, task: dict, key: np.ndarray) -> np.ndarray:
+        def one(model: OctoModel, seen: dict, task: dict, key: np.ndarray) -> np.ndarray:
             seen, task = jax.tree_util.tree_map(lambda leaf: leaf[None], (seen, task))
-            answer = self._model.sample_actions(seen, task, unnormalization_statistics=self._statistics, rng=key)
-            return answer[0]
+            return model.sample_actions(seen, task, unnormalization_statistics=self._statistics, rng=key)[0]
 
-        # Mapped over rows instead of batched: a batch would draw the noise of all rows from one key.
-        self._sample, self._tree_map = jax.jit(jax.vmap(one)), jax.tree_util.tree_map
+        # Mapped over rows instead of batched: a batch would draw the noise of all rows from one key. The model is an
+        # argument, because what a compiled function closes over is written into it, all weights included.
+        self._sample = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0)))
+        self._tree_map = jax.tree_util.tree_map
         limits = {name: np.asarray(self._statistics[key]).tolist() for name, key in (("q01", "p01"), ("q99", "p99"))
                   if key in self._statistics}  # fmt: skip
         self.metadata = Metadata(
             control_rate=pretrained.embodiments.get(lab.embodiment).control_hz, chunk=CHUNK, history=WINDOW, batched=True,
             batch=batch, execution=policy.execution or "ensemble",
-            revision=pretrained.revision(policy, where.removeprefix("hf://")), extra={"sampling": True, **limits},
+            revision=pretrained.revision(policy, where), extra={"sampling": True, **limits},
         )  # fmt: skip
 
     def act(self, observation: Observation) -> dict[str, np.ndarray]:
@@ -64,7 +69,7 @@ class Octo:
         def run(rows: np.ndarray) -> tuple[np.ndarray]:
             given = {"image_primary": seen[rows], "timestep_pad_mask": mask[rows]}
             task = self._tree_map(lambda leaf: np.asarray(leaf)[rows], tasks)
-            return (np.asarray(self._sample(given, task, keys[rows])),)
+            return (np.asarray(self._sample(self._model, given, task, keys[rows])),)
 
         (answers,) = in_batches(len(observation), self._batch, run)
         return {"actions": pretrained.metric(answers, self._embodiment, self._gain)}

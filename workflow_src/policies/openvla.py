@@ -28,25 +28,22 @@ SYSTEM = (
 def prompt(instruction: str, checkpoint: str) -> str:
     """The words the model was trained to answer with an action."""
     question = f"What action should the robot take to {instruction.lower()}?"
-    return f"{SYSTEM} USER: {question} ASSISTANT:" if "v01" in checkpoint else f"In: {question}\nOut:"
+    return f"{SYSTEM} USER: {question} ASSISTANT:" if "openvla-v01" in checkpoint else f"In: {question}\nOut:"
 
 
 class OpenVLA:
     """A loaded checkpoint. The stack generates for one image at a time."""
 
     def __init__(self, policy: sections.Policy, lab: sections.Lab):
-        import torch
+        torch = pretrained.import_torch()
         import transformers
 
         if tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 50):
             raise UserError(
                 f"transformers {transformers.__version__} makes OpenVLA ignore the image; install 4.40.1 (envs/openvla.yaml)"
             )
-        self._where, self._torch, self._device = (
-            pretrained.checkpoint(policy, CHECKPOINT),
-            torch,
-            pretrained.torch_device(policy),
-        )
+        self._where, self._device = pretrained.checkpoint(policy, CHECKPOINT), pretrained.torch_device(policy)
+        self._torch = torch
         settings, source = pretrained.number_format(policy, "bf16"), pretrained.hub(policy)
         self._processor = transformers.AutoProcessor.from_pretrained(self._where, trust_remote_code=True, **source)
         model = transformers.AutoModelForVision2Seq.from_pretrained(

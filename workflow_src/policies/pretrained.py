@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,16 @@ def hub(policy: sections.Policy) -> dict[str, Any]:
     return {"revision": policy.revision or None, "local_files_only": policy.offline}
 
 
+def folder(policy: sections.Policy, default: str) -> str:
+    """The configured checkpoint's folder; one on the hub is fetched as a whole, at the configured revision."""
+    where = checkpoint(policy, default)
+    if Path(where).is_dir():
+        return str(Path(where).absolute())
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(where, **hub(policy))
+
+
 def revision(policy: sections.Policy, where: str, commit: str | None = None) -> str:
     """What is served, for the metadata: configuration, and the hub's `commit` or the checksums of a folder's files."""
     folder = Path(where)
@@ -48,7 +59,28 @@ def revision(policy: sections.Policy, where: str, commit: str | None = None) -> 
         files = {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
     extra = {name: sha256_file(path) for name, path in policy.files.items() if Path(path).is_file()}
     said = [policy.adapter, policy.statistics, policy.dtype, policy.execution, policy.options]
+    said += [policy.foreign.state_layout] if policy.foreign.state else []
     return digest([said, files or [where, commit or policy.revision], extra])
+
+
+def import_torch() -> Any:
+    """torch, with torchvision imported. PyPI's torchvision is built for CUDA: beside a torch for CPUs its compiled operators
+    do not load and, for one of them that is not declared, nothing does. The networks need its Python part alone.
+    """
+    import torch
+
+    try:
+        import torchvision
+    except RuntimeError as problem:
+        if "torchvision::nms" not in str(problem):
+            raise
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        # Kept for ever: the declaration ends with the object.
+        import_torch.operators = torch.library.Library("torchvision", "DEF")
+        import_torch.operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision  # noqa: F401
+    return torch
 
 
 def torch_device(policy: sections.Policy) -> Any:
@@ -98,9 +130,13 @@ def options(policy: sections.Policy, more: dict[str, tuple[float, float, float]]
 
 
 def metric(actions: np.ndarray, embodiment: str, gain: float) -> np.ndarray:
-    """Actions (..., 7) as the embodiment's data set records them, gripper 1 open, to metric ones times `gain`."""
+    """Actions (..., 7) as the embodiment's data set records them, gripper 1 open, to metric ones times `gain`.
+
+    What a network says of the gripper may lie beyond what it was trained on: it is clipped to an opening.
+    """
     result = embodiments.from_recorded(actions, embodiment)
     result[..., :6] *= gain
+    result[..., 6] = np.clip(result[..., 6], 0, 1)
     return result
 
 

@@ -176,8 +176,9 @@ class Estimator:
         entry = self.table["rules"].get(job.rule)
         money = self._money(job)
         if entry is None:
-            download = job.rule == "download_dataset"
-            fetched = recorded_sets(self.config)[job.wildcards["dataset"]].bytes or None if download else 0.0
+            fetched: float | None = None if job.rule == "fetch_store" else 0.0
+            if job.rule == "download_dataset":
+                fetched = recorded_sets(self.config)[job.wildcards["dataset"]].bytes or None
             return Cost(None, fetched, money)
         work = units(self.config, job.rule, job.wildcards)
         if work is None:

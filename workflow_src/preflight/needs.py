@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from workflow_src.buckets.addresses import in_bucket
 from workflow_src.checks import EXISTING, ROOT, gathered, recorded_sets
 from workflow_src.common.errors import UserError
 from workflow_src.common.gpus import visible_gpus
@@ -69,6 +70,13 @@ def _data(config: Config, rules: set[str]) -> Iterator[Need]:
                     yield Need(
                         False, f"data set {name}: has no address; name a copy in episodes.recorded.copies.{name}"
                     )
+
+    if "fetch_store" in rules:
+        for name, place in config.episodes.stores.items():
+            if in_bucket(place):
+                yield Need(True, f"data set {name}: is fetched from {place}")
+    if "publish_part" in rules:
+        yield Need(True, f"results: are sent to {config.publish.to}")
 
 
 def _weights(config: Config, rules: set[str], served: Sequence[str]) -> Iterator[Need]:

@@ -84,9 +84,11 @@ def run(stage: Stage, options: argparse.Namespace, client: PolicyClient) -> None
     real = [item for item in items if item.trial.initial_state is not None and lab.scene != "none"]
     if len(real) < len(items) and lab.scene != "none":
         say(f"{len(items) - len(real)} trial(s) have no initial_state: not rolled out in the lab")
-    if refused := refusals(stage.policies[options.policy].foreign, [(t.trial_id, t.initial_state) for t in trials]):
+    needs_pose = client.metadata.extra.get("needs_pose")
+    states = [(trial.trial_id, trial.initial_state) for trial in trials]
+    if refused := refusals(stage.policies[options.policy].foreign, states, needs_pose):
         raise UserError(f"policy {options.policy}: {'; '.join(refused)}")
-    reckoned = DEAD_RECKONED if client.metadata.extra.get("needs_pose") else None
+    reckoned = DEAD_RECKONED if needs_pose else None
     hz, served, weights = get(lab.embodiment).control_hz, client.metadata_digest, model_digest(options.world_model)
     # A rollout depends on its own trial; the digest covers all, so a changed set of trials starts afresh.
     key = [stage.digest, served, trials_digest(trials)]
