@@ -26,7 +26,7 @@ WORKFLOW = (
     "Snakefile", "rules", "config", "envs", "notebooks", "profiles", "slurm", "benchmarks/throughput.yaml", "workflow_src",
 )  # fmt: skip
 SERVER = ("workflow_src/__init__.py", "workflow_src/embodiments.py", "workflow_src/common", "workflow_src/policies")
-EXTRAS = ("published",)  # of pyproject.toml, in the base image
+EXTRAS = ("buckets", "published")  # of pyproject.toml, in the base image
 HERE = ("base", "tabletop")  # environments of the base image: it serves the tabletop's policies itself
 # Debian's packages of compilers: for torch.compile (`training.compile`), and for evdev, which lerobot gets as source.
 COMPILERS = {"base": ("g++",), "lerobot": ("gcc", "libc6-dev")}

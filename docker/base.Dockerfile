@@ -28,6 +28,7 @@ RUN python -m pip install --no-cache-dir --disable-pip-version-check -c /opt/reh
     'safetensors==0.8.0' \
     'scipy==1.17.1' \
     'seaborn==0.13.2' \
+    'snakemake-storage-plugin-s3==0.3.6' \
     'snakemake[reports]==9.27.1' \
     'tensorboard==2.21.0' \
     'tensorflow-datasets==4.9.10' \
