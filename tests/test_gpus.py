@@ -97,7 +97,8 @@ def job(folder: Path, name: str, pool, count: int, seconds: float) -> int:
             begin = time.monotonic()
             time.sleep(seconds)
             entry = {"name": name, "held": held, "begin": begin, "end": time.monotonic()}
-            (folder / f"{name}.job").write_text(json.dumps(entry))
+            (folder / f"{name}.noted").write_text(json.dumps(entry))
+            (folder / f"{name}.noted").replace(folder / f"{name}.job")  # whole, also where a test kills in between
         finally:
             os._exit(0)
     return pid

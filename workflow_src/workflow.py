@@ -33,6 +33,7 @@ from workflow_src.common.files import write_if_changed
 from workflow_src.common.progress import say
 from workflow_src.common.sections import Config
 from workflow_src.containers import image_of, outside_paths
+from workflow_src.endings import end, nothing_to_fetch, nothing_to_judge_by, nothing_to_rank, nothing_to_record, or_end
 from workflow_src.episodes.mixture import Mixture, read_mixture
 from workflow_src.episodes.registry import Dataset, entry_dict
 from workflow_src.episodes.sources import SPLITS, description
@@ -97,7 +98,7 @@ class Workflow:
     def recorded_data(self) -> list[str] | Callable:
         """Their stores and a page of each; without any, what ends Snakemake when recorded data is asked for."""
         if not self.asked:
-            return _nothing_to_fetch
+            return nothing_to_fetch
         sets = [(name, split) for name in self.asked for split in SPLITS]
         pages = [f"{self.results}/figures/episodes/{name}/{split}/contact_sheet.png" for name, split in sets]
         return [*(self.store(name, split) for name, split in sets), *pages]
@@ -141,7 +142,7 @@ class Workflow:
     @property
     def recording(self) -> str | Callable:
         """The stage file that recording starts from; without a lab, what ends Snakemake when recordings are asked for."""
-        return _nothing_to_record if self.config.lab.scene == "none" else self.stage("episodes")
+        return nothing_to_record if self.config.lab.scene == "none" else self.stage("episodes")
 
     @property
     def gathered(self) -> bool:
@@ -214,12 +215,12 @@ class Workflow:
         return self._image(self.config.episodes.recorded.tensorflow or "base", "episodes.recorded.tensorflow")
 
     def _image(self, *environment: str) -> str | None:
-        return _or_end(image_of, self.config, *environment) if self.contained else None
+        return or_end(image_of, self.config, *environment) if self.contained else None
 
     @property
     def outside(self) -> list[str]:
         """What images are shown besides the working directory."""
-        return _or_end(outside_paths, self.config)
+        return or_end(outside_paths, self.config)
 
     def interpreter(self, policy: str) -> str:
         """What runs a policy's server: the environment's Python, or the configured one."""
@@ -252,7 +253,7 @@ class Workflow:
     def per_rollout(self, template: str, worlds: Iterable[str] = WORLDS) -> list[str] | Callable:
         """`template` filled for every (world, policy, shard); without policies, what ends Snakemake when it is asked for."""
         if not self.config.policies:
-            return _nothing_to_rank
+            return nothing_to_rank
         return [
             template.format(results=self.results, world=w, policy=p, shard=s)
             for w in worlds
@@ -268,7 +269,7 @@ class Workflow:
         """
         lab = self.config.lab.scene != "none"
         if not lab and self.config.judges.primary in LEARNED:
-            return _nothing_to_judge_by if self.config.policies else _nothing_to_rank
+            return nothing_to_judge_by if self.config.policies else nothing_to_rank
         names = [
             *(["learned"] if lab else []),
             *self.config.judges.vlm,
@@ -337,7 +338,7 @@ def open_workflow(mapping: dict[str, Any], devices: tuple[str, ...] | None = Non
         _say_what_is_left_out(workflow.config)
         return workflow
     except UserError as error:
-        _end(error)
+        end(error)
 
 
 def _say_what_is_left_out(config: Config) -> None:
@@ -346,49 +347,6 @@ def _say_what_is_left_out(config: Config) -> None:
         for suite, tasks in left_out(config.trials).items():
             where = f"put pictures into {config.trials.root or '<trials.root>'}/<task>/"
             say(f"trials: suite {suite}: no first frames, left out: {', '.join(tasks)}; {where}")
-
-
-def _or_end(function: Callable, *arguments: Any) -> Any:
-    """What `function` returns; a mistake that it finds ends Snakemake."""
-    try:
-        return function(*arguments)
-    except UserError as error:
-        _end(error)
-
-
-def _end(error: UserError) -> None:
-    """Snakemake turns any exception into a traceback; a plain exit is the one line that was promised."""
-    say(f"error: {error}")
-    os._exit(2)
-
-
-def _nothing_to_rank(wildcards: Any) -> None:
-    """The input of rules that need rollouts. Snakemake asks while it builds its graph, before any job and any lock."""
-    _end(UserError("policies: is empty, so there is nothing to roll out and to rank; name at least one policy"))
-
-
-def _nothing_to_judge_by(wildcards: Any) -> None:
-    """The input of rules that need judgements, where only judges are configured that learn from a lab's episodes."""
-    _end(UserError(
-        "judges.primary: the learned judges need a lab's episodes, and lab.scene is none; configure one of judges.vlm or "
-        "human labels"
-    ))  # fmt: skip
-
-
-def _nothing_to_record(wildcards: Any) -> None:
-    """The input of the rule that records episodes."""
-    _end(UserError(
-        "lab.scene: is none, so there is no lab to record episodes in, which a tokenizer, a world model or a judge would "
-        "learn from; roll out (target `rollouts`), or choose a scene"
-    ))  # fmt: skip
-
-
-def _nothing_to_fetch(wildcards: Any) -> None:
-    """The input of the rule that fetches and converts registered data sets."""
-    _end(UserError(
-        "world_model.data: names no registered data set besides those in episodes.stores, so there is nothing to fetch; "
-        "name one there, or by --config dataset=NAME"
-    ))  # fmt: skip
 
 
 def require_keys(workflow: Workflow, jobs: Iterable[Any]) -> None:
