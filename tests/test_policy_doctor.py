@@ -65,6 +65,15 @@ class Blind(Sound):
         return 0.5
 
 
+class Collapsed(Sound):
+    """Sees no more than rounding, as a network may whose training has collapsed."""
+
+    finds = ("image",)
+
+    def see(self, observation, row):
+        return 0.5 + 1e-5 * super().see(observation, row)
+
+
 class Deaf(Sound):
     finds = ("instruction",)
 
@@ -155,6 +164,7 @@ class JointSpace(Sound):
 
 BROKEN = (
     Blind,
+    Collapsed,
     Deaf,
     Unseeded,
     OneNoise,
