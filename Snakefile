@@ -12,6 +12,7 @@ from snakemake.utils import min_version
 min_version("9.20")
 
 sys.path.insert(0, workflow.basedir)
+from workflow_src.endings import nothing_to_publish
 from workflow_src.execution import (
     contained,
     limit_gpus,

@@ -4,7 +4,8 @@ Buckets, by Snakemake's storage plugins: data sets that lie in one, and a copy o
 needs   the plugin for s3:// or gs://, and credentials where it looks for them
 makes   results/episodes/<dataset>/<split>/ of data sets that episodes.stores names by address, episodes.parquet last;
         with the target `publish`: <publish.to>/<part>/ for each of publish.parts, which are folders of the results
-how     a data set is fetched once: what changes in its bucket later reruns nothing. A part is replaced when results change
+how     a data set is fetched once: what changes in its bucket later reruns nothing. Parts are replaced, as wholes, when what
+        the default target makes has changed; `--forcerun publish_part` also sends what was made on request since
 """
 
 if flow.in_buckets:
@@ -19,6 +20,8 @@ if flow.in_buckets:
         wildcard_constraints:
             dataset=any_of(flow.in_buckets),
             split="train|validation",
+        # What a killed run had fetched in part, Snakemake takes for the whole; found damaged, it is fetched by the retry.
+        retries: 1
         localrule: True
         conda:
             "../envs/base.yaml"
@@ -71,3 +74,9 @@ if to := flow.config.publish.to.rstrip("/"):
             "../envs/base.yaml"
         shell:
             "python -m workflow_src.buckets.publish {results}/{wildcards.part} --out {output:q} 2>&1 | tee {log}"
+
+else:
+
+    rule publish:
+        input:
+            nothing_to_publish,

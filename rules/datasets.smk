@@ -87,7 +87,7 @@ if flow.recorded:
         conda:
             lambda wildcards: flow.reader_environment
         container:
-            flow.reader_image
+            lambda wildcards: flow.reader_image
         threads: 1
         resources:
             mem_mb=growing(4000),

@@ -1,5 +1,5 @@
 """
-Recorded robot data. Data sets of others (episodes.stores) are read where they are.
+Recorded robot data. Data sets of others (episodes.stores) are read where they are, those in buckets fetched (buckets.smk).
 
 needs   nothing but the configuration (sections lab, episodes)
 makes   results/episodes/<dataset>/<split>/episodes.parquet, written last, beside one mp4 and one npz per episode

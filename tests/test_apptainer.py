@@ -155,6 +155,11 @@ def test_images_see_what_the_configuration_names(tmp_path, monkeypatch):
     for _ in range(2):  # in a cluster's job once more, with what was given to it
         show_in_images(workflow, ["/data", "/a b"])
     assert shlex.split(workflow.deployment_settings.apptainer_args) == ["--nv", "--bind=/data", "--bind=/a b"]
+    # What is absent is no reason to show a folder of this machine's system.
+    assert outside_paths(from_dict(Config, {"trials": {"root": "/usr/share/absent/frames"}})) == outside_paths(Config())
+    (tmp_path / "a:b").mkdir()
+    with pytest.raises(UserError, match=r"trials\.root: .*a:b' has a ':' or ',' in it"):
+        outside_paths(from_dict(Config, {"trials": {"root": str(tmp_path / "a:b")}}))
     with pytest.raises(UserError, match="local_cache: '~/cache' is another place in an image"):
         outside_paths(Config(local_cache="~/cache"))
 

@@ -59,7 +59,8 @@ def test_results_go_to_a_bucket_and_another_run_takes_its_data_from_there(s3, fi
     table = s3.get_object(Bucket="lab", Key="runs/one/tables/policy_ranking.csv")["Body"].read()
     assert table == (folder / "results" / "tables" / "policy_ranking.csv").read_bytes()
     assert {"README.txt", "run_config.yaml"} < set(sent)
-    assert not [path for path in (folder / ".snakemake" / "storage").rglob("*") if path.is_file()], "kept twice"
+    kept = folder / ".snakemake" / "storage" / "s3" / "lab"
+    assert kept.is_dir() and not [path for path in kept.rglob("*") if path.is_file()], "kept twice"
 
     done = run(folder, "--", "publish", overrides=(PUBLISHED,))
     assert "Nothing to be done" in done.stdout + done.stderr
@@ -70,7 +71,7 @@ def test_results_go_to_a_bucket_and_another_run_takes_its_data_from_there(s3, fi
     again = contents(s3, "runs/one/")
     assert again == sent and s3.head_bucket(Bucket="lab")
 
-    takes_its_data_from_there(s3, folder, tmp_path / "two")
+    takes_its_data_from_there(s3, folder, copy_of(finished, tmp_path / "two"))
 
 
 def takes_its_data_from_there(s3, source, folder):
@@ -81,22 +82,25 @@ def takes_its_data_from_there(s3, source, folder):
     failed = run(folder, "--", *tables, overrides=STORES, check=False)
     (line,) = errors(failed)
     assert "train/000000003.mp4: is not the file that episodes.parquet lists; this copy is removed" in line
-    assert not (folder / tables[0]).exists() and not list((folder / "results/episodes").rglob("train/*.mp4"))
+    assert not (folder / "results" / "episodes" / "bridge" / "train").exists()
 
     s3.put_object(Bucket="lab", Key=key, Body=good)
+    half = folder / ".snakemake" / "storage" / "s3" / "lab" / "runs" / "one" / "episodes" / "tabletop" / "train"
+    half.mkdir(parents=True)  # left by a run that was killed while it fetched
+    (half / "000000000.mp4").write_bytes(good)
     run(folder, "--", *tables, overrides=STORES)
     for split in ("train", "validation"):
         there, here = source / "results/episodes/tabletop" / split, folder / "results/episodes/bridge" / split
         names = sorted(path.name for path in there.iterdir() if not path.name.startswith("."))
         assert names == sorted(path.name for path in here.iterdir())
         assert all((there / name).read_bytes() == (here / name).read_bytes() for name in names)
-    sheet = "results/figures/episodes/bridge/train/contact_sheet.png"
-    run(folder, "--", sheet, overrides=STORES)
+    latents = "results/latents/bridge/train/latents.json"
+    run(folder, "--", latents, overrides=STORES)
     # What changes in the bucket is not fetched anew, or what was trained on it would be made anew as well.
     s3.put_object(Bucket="lab", Key=key, Body=good)
     without = ("episodes={stores: {bridge: results/episodes/bridge}}",)  # nor is the bucket needed any more
     for overrides in (STORES, without):
-        done = run(folder, "--", sheet, overrides=overrides)
+        done = run(folder, "--", latents, overrides=overrides)
         assert "Nothing to be done" in done.stdout + done.stderr
 
 
@@ -106,6 +110,14 @@ def test_a_split_that_the_bucket_lacks_is_named(s3, tmp_path):
     assert done.returncode and "s3://lab/nothing/train" in done.stderr
 
 
+def test_without_an_address_nothing_is_published(tmp_path):
+    done = run(tmp_path, "--", "publish", check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert errors(done) == [
+        "error: publish.to: is empty, so there is nowhere to send results to; write s3://bucket/folder"
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -113,7 +125,7 @@ def test_a_split_that_the_bucket_lacks_is_named(s3, tmp_path):
         ({"episodes": {"stores": {"bridge": "s3://lab/{x}"}}}, "episodes.stores.bridge: 's3://lab/{x}' has one of"),
         ({"episodes": {"stores": {"bridge": "gs://lab/x"}}}, "gs:// needs snakemake-storage-plugin-gcs; pip install"),
         ({"publish": {"to": "https://lab/x"}}, "publish.to: 'https://lab/x' is not in a bucket; write s3:// or gs://"),
-        ({"publish": {"to": "s3://key:secret@lab/x"}}, "publish.to: "),
+        ({"publish": {"to": "s3://key:secret@lab/x"}}, "publish.to: has a user or a key in its address"),
         ({"publish": {"to": "s3://lab/x", "parts": ["table"]}}, "publish.parts[0]: "),
         ({"publish": {"to": "s3://lab/x", "parts": []}}, "publish.parts: [] is empty"),
     ],
@@ -121,7 +133,7 @@ def test_a_split_that_the_bucket_lacks_is_named(s3, tmp_path):
 def test_addresses_that_mean_nothing(changes, message):
     with pytest.raises(UserError) as caught:
         checked(changes)
-    assert message in str(caught.value)
+    assert message in str(caught.value) and "secret" not in str(caught.value)
 
 
 def test_preflight_names_buckets():
@@ -154,7 +166,9 @@ def test_a_second_name_replaces_what_had_it(tmp_path, monkeypatch):
     other.parent.mkdir()
     other.write_text("old")
     link_or_copy(one, other)
+    link_or_copy(one, other)  # once more, as after an interruption
     assert other.read_text() == "new" and other.stat().st_ino == one.stat().st_ino
+    assert [path.name for path in other.parent.iterdir()] == ["other"]
 
     def another_disk(*_):
         raise OSError(18, "Invalid cross-device link")

@@ -115,7 +115,8 @@ def test_other_answers_are_refused(answer, message):
     [
         ({"layout": ["x", "yw"]}, r"p\.layout\[1\]: 'yw' is unknown; did you mean 'yaw'"),
         ({"layout": ["x", "x"]}, r"p\.layout: x, x names a number twice"),
-        ({"state_layout": ["joint_1"]}, r"p\.state_layout\[0\]: 'joint_1' is unknown"),
+        ({"state": "state", "state_layout": ["joint_1"]}, r"p\.state_layout\[0\]: 'joint_1' is unknown"),
+        ({"state_layout": ["x"]}, r"p\.state: is empty, so state_layout says nothing"),
         ({"state": "state", "state_layout": []}, r"p\.state_layout: is empty; say what the numbers of state are: x, y"),
         ({"gripper_open": 0.0}, r"p\.gripper_open: 0 is gripper_closed as well"),
         ({"rotation_unit": 0.0}, r"p\.rotation_unit: 0 is not positive"),

@@ -99,10 +99,21 @@ def test_recorded_states_are_exported_as_they_are(tmp_path):
 
     odd = make_store(tmp_path / "odd" / "train", frames_of([4, 6]), robot_state=[states[0], states[1][:, :3]])
     odd.table["instruction"] = "lift it"
-    with pytest.raises(
-        UserError, match=r"000000001\.npz: robot_state has the shape \(3,\), in the first episode \(5,\)"
-    ):
+    with pytest.raises(UserError, match=r"000000001\.npz: robot_state has 3 numbers, in the first episode 5"):
         export([odd], tmp_path / "never")
+    without = make_store(tmp_path / "test", frames_of([4]))
+    with pytest.raises(UserError, match=r"numbers in robot_state \[0, 5\]; give splits of one data set"):
+        export([store, without], tmp_path / "never")
+
+
+def test_a_state_of_one_number_gets_a_zero_beside_it(tmp_path):
+    """LeRobot would take a vector of one for a number."""
+    state = np.random.default_rng(0).normal(size=(4, 1)).astype(np.float32)
+    store = make_store(tmp_path / "train", frames_of([4]), robot_state=[state])
+    store.table["instruction"] = "lift it"
+    export([store], tmp_path / "out")
+    table = pd.read_parquet(tmp_path / "out" / "data" / "chunk-000" / "file-000.parquet")
+    np.testing.assert_array_equal(np.stack(table[STATE]), np.pad(state, ((0, 0), (0, 1))))
 
 
 # What LeRobot's own class makes of a folder: every item of it.

@@ -15,6 +15,7 @@ from workflow_src.common.sections import Config
 from workflow_src.training.local_cache import VARIABLE
 
 FOLDERS = ("HF_HOME", "REHEARSAL_LPIPS", VARIABLE)  # variables of the environment that name folders
+MADE = ("HF_HOME", VARIABLE, "local_cache", "results")  # folders that jobs make where they are not there
 
 
 def image_of(config: Config, env: str, key: str = "") -> str:
@@ -40,8 +41,8 @@ def image_of(config: Config, env: str, key: str = "") -> str:
 def outside_paths(config: Config) -> list[str]:
     """Absolute paths outside the working directory that jobs need: the project, and what `config` and variables name.
 
-    Links are followed; of a folder that is still to be made, it is the nearest that is there. Raises UserError for a path in
-    `~`, which is another place in an image.
+    Links are followed; of a folder that is still to be made (MADE), it is the nearest that is there. Raises UserError for a
+    path in `~`, which is another place in an image, and for one that cannot be written as a --bind.
     """
     named = [*((name, os.environ.get(name, "")) for name in FOLDERS), *_texts(to_dict(config))]
     found = {str(ROOT)}
@@ -51,8 +52,12 @@ def outside_paths(config: Config) -> list[str]:
         if text.startswith("~"):
             raise UserError(f"{key}: {text!r} is another place in an image; write the whole path")
         path = os.path.abspath(os.path.expandvars(text))
-        while not os.path.exists(path):
+        while key in MADE and not os.path.exists(path):
             path = os.path.dirname(path)
+        if not os.path.exists(path):
+            continue
+        if set(":,") & set(path):
+            raise UserError(f"{key}: {path!r} has a ':' or ',' in it, which Apptainer takes for a separator; rename it")
         found |= {path, os.path.realpath(path)}
     covered = [Path.cwd()]
     for path in sorted(found - {"/"}):

@@ -45,6 +45,11 @@ def nothing_to_record(wildcards: Any) -> None:
     ))  # fmt: skip
 
 
+def nothing_to_publish(wildcards: Any) -> None:
+    """The input of the rule that sends results to a bucket."""
+    end(UserError("publish.to: is empty, so there is nowhere to send results to; write s3://bucket/folder"))
+
+
 def nothing_to_fetch(wildcards: Any) -> None:
     """The input of the rule that fetches and converts registered data sets."""
     end(UserError(

@@ -1,4 +1,4 @@
-"""What the Snakefile needs to know, as plain tested Python: checked configuration, stage files, targets, shell prefix."""
+"""What the Snakefile needs to know, as plain tested Python: checked configuration, stage files, targets, environments."""
 
 from __future__ import annotations
 

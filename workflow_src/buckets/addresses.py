@@ -18,11 +18,13 @@ def in_bucket(place: str) -> bool:
 def check_bucket(path: str, address: str) -> None:
     """Raise UserError for an address that means nothing, or that no installed plugin knows; `path` names its key."""
     parts = urlsplit(address)
+    if "@" in parts.netloc:
+        raise UserError(f"{path}: has a user or a key in its address; give credentials to the plugin (README, Buckets)")
     if parts.scheme not in PLUGINS:
         raise UserError(
             f"{path}: {address!r} is not in a bucket; write {' or '.join(f'{s}://' for s in PLUGINS)}bucket/folder"
         )
-    if not parts.netloc or not parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc:
+    if not parts.netloc or not parts.path.strip("/") or parts.query or parts.fragment:
         raise UserError(f"{path}: {address!r} does not name a folder in a bucket; write {parts.scheme}://bucket/folder")
     if set("{}*") & set(address) or ".." in parts.path.split("/"):
         raise UserError(

@@ -2,7 +2,7 @@
 
 Videos are copied as they are, one file per episode. A frame's `action` is the metric one that leads on from it; the last
 frame's, which leads nowhere, is zero and keeps the gripper. `observation.state` is what the store recorded of its robot; where
-it recorded nothing, two zeros, because LeRobot trains no policy without a state, and takes a vector of one for a number.
+it recorded fewer than two numbers, zeros: LeRobot trains no policy without a state, and takes a vector of one for a number.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ EXAMPLES = """example:
   python -m workflow_src.episodes.export_lerobot results/episodes/viola/train results/episodes/viola/test --out viola_lerobot
 """
 CAMERA, STATE = "observation.images.main", "observation.state"
+FEWEST = 2  # numbers in a state
 CHUNK = 1000  # files in a folder
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
@@ -48,14 +49,14 @@ def main() -> None:
 
 def export(stores: list[EpisodeStore], out: Path) -> None:
     """Write the LeRobot data set `out`; `meta/info.json` comes last. Raises UserError for stores that do not go together."""
-    hz, robot, size = _common(stores)
+    hz, robot, size, width = _common(stores)
     texts = list(dict.fromkeys(text for store in stores for text in store.table["instruction"]))
     rows, splits, tables, first = [], {}, [], 0
     with Progress(sum(map(len, stores)), "export", "episode") as progress:
         for store in stores:
             splits[store.root.name] = f"{len(rows)}:{len(rows) + len(store)}"
             for i in range(len(store)):
-                table = _frames(store, i, len(rows), first, hz, texts)
+                table = _frames(store, i, len(rows), first, hz, texts, width)
                 rows.append(_episode(table, texts, hz))
                 video = VIDEO_PATH.format(
                     video_key=CAMERA, chunk_index=len(tables) // CHUNK, file_index=len(tables) % CHUNK
@@ -79,40 +80,50 @@ def export(stores: list[EpisodeStore], out: Path) -> None:
     })  # fmt: skip
 
 
-def _common(stores: list[EpisodeStore]) -> tuple[float, str, tuple[int, int]]:
+def _common(stores: list[EpisodeStore]) -> tuple[float, str, tuple[int, int], int]:
+    """Rate, robot, size of the frames, and numbers in the robot's state (0: none is recorded)."""
     facts = {(float(row.control_hz), str(row.embodiment)) for store in stores for row in store.table.itertuples()}
     sizes = {store.image_size() for store in stores}
+    states = {_width(store, 0) for store in stores}
     names = [store.root.name for store in stores]
-    if len(facts) != 1 or len(sizes) != 1 or len(set(names)) < len(names):
-        raise UserError(f"{', '.join(str(store.root) for store in stores)}: robots and rates {sorted(facts)}, frames "
-                        f"{sorted(sizes)}; give splits of one data set, each once")  # fmt: skip
+    if len(facts) != 1 or len(sizes) != 1 or len(states) != 1 or len(set(names)) < len(names):
+        raise UserError(
+            f"{', '.join(str(store.root) for store in stores)}: robots and rates {sorted(facts)}, frames {sorted(sizes)}, "
+            f"numbers in robot_state {sorted(states)}; give splits of one data set, each once"
+        )
     ((hz, robot),) = facts
-    return hz, robot, sizes.pop()
+    return hz, robot, sizes.pop(), states.pop()
 
 
-def _frames(store: EpisodeStore, i: int, episode: int, first: int, hz: float, texts: list[str]) -> pd.DataFrame:
+def _width(store: EpisodeStore, i: int) -> int:
+    state = store.arrays(i).get("robot_state")
+    return 0 if state is None else state.shape[1]
+
+
+def _frames(
+    store: EpisodeStore, i: int, episode: int, first: int, hz: float, texts: list[str], width: int
+) -> pd.DataFrame:
     count = int(store.lengths[i])
     actions = metric_actions(store, i, store.arrays(i), count)
     last = np.zeros_like(actions[-1:])
     last[:, GRIPPER] = actions[-1, GRIPPER]
     return pd.DataFrame({
-        "action": list(np.concatenate([actions, last])), STATE: list(_state(store, i, count)),
+        "action": list(np.concatenate([actions, last])), STATE: list(_state(store, i, count, width)),
         "timestamp": (np.arange(count) / hz).astype(np.float32), "frame_index": np.arange(count),
         "episode_index": episode, "index": first + np.arange(count),
         "task_index": texts.index(store.table["instruction"].iloc[i]),
     })  # fmt: skip
 
 
-def _state(store: EpisodeStore, i: int, count: int) -> np.ndarray:
-    """float32 (count, S). Raises UserError where it is not as in the store's first episode."""
-    first, found = (store.arrays(j).get("robot_state") for j in (0, i))
-    shapes = [None if state is None else state.shape[1:] for state in (first, found)]
-    if shapes[0] != shapes[1]:
+def _state(store: EpisodeStore, i: int, count: int, width: int) -> np.ndarray:
+    """float32 (count, S). Raises UserError where `width` numbers are not what is recorded."""
+    if (found := _width(store, i)) != width:
+        path = episode_paths(store.root, int(store.table["index"].iloc[i]))[1]
         raise UserError(
-            f"{episode_paths(store.root, int(store.table['index'].iloc[i]))[1]}: robot_state has the shape {shapes[1]}, in the "
-            f"first episode {shapes[0]}; export stores of one robot"
+            f"{path}: robot_state has {found} numbers, in the first episode {width}; export stores of one robot"
         )
-    return np.zeros((count, 2), np.float32) if found is None else found
+    state = store.arrays(i)["robot_state"] if width else np.zeros((count, 0), np.float32)
+    return np.pad(state, ((0, 0), (0, max(0, FEWEST - width))))
 
 
 def _episode(table: pd.DataFrame, texts: list[str], hz: float) -> dict:

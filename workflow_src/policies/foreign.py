@@ -36,6 +36,8 @@ def check(path: str, foreign: Foreign) -> None:
         raise UserError(
             f"{path}.state_layout: is empty; say what the numbers of {foreign.state} are: {', '.join(STATE)}"
         )
+    if not foreign.state and foreign.state_layout != Foreign().state_layout:
+        raise UserError(f"{path}.state: is empty, so state_layout says nothing; name the key that wants these numbers")
     for key, allowed in (("state_layout", STATE), ("layout", ACTION)):
         for i, name in enumerate(getattr(foreign, key)):
             if not (foreign.actions == "joint" and key == "layout"):
