@@ -71,7 +71,7 @@ class Collapsed(Sound):
     finds = ("image",)
 
     def see(self, observation, row):
-        return 0.5 + 1e-5 * super().see(observation, row)
+        return 0.5 + 1e-7 * super().see(observation, row)
 
 
 class Deaf(Sound):

@@ -39,7 +39,8 @@ EXAMPLES = """examples:
 PROMPTS = ("put the carrot on the plate", "close the drawer")
 FRAMES = 6  # looked at together
 INSIDE = 0.8  # share of all numbers that must be plausible
-SOUND = 1e-4  # m, rad, parts of the gripper's way: more of a difference is no rounding
+SOUND = 1e-4  # m, rad: more of a difference is no rounding
+NOTICED = 1e-6  # m, rad, parts of the gripper's way: no more of a difference is rounding
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def image(patient: Patient) -> tuple[bool | None, str]:
     if patient.client.metadata.extra.get("blind"):
         return bool(np.array_equal(black, white)), "says that it sees nothing"
     change = float(np.abs(black - white).max())
-    return change > SOUND, f"black and white frame differ by {change:.2g}"
+    return change > NOTICED, f"black and white frame differ by {change:.2g}"
 
 
 def instruction(patient: Patient) -> tuple[bool | None, str]:
@@ -129,7 +130,7 @@ def instruction(patient: Patient) -> tuple[bool | None, str]:
     rows = np.repeat(patient.frames[:1], len(different), 0)
     actions = patient.ask(rows, different)
     change = float(np.abs(actions - actions[:1]).max())
-    return change > SOUND, f"{len(different)} instructions differ by {change:.2g}"
+    return change > NOTICED, f"{len(different)} instructions differ by {change:.2g}"
 
 
 def same_seed(patient: Patient) -> tuple[bool | None, str]:
