@@ -387,22 +387,6 @@ def test_what_is_told_the_reckoned_pose_is_marked_so(job, tmp_path, monkeypatch)
     assert set(read_records(job[1].world_model_out).robot_state) == {"dead_reckoned"}
 
 
-def test_model_digest_follows_weights_and_settings_but_not_provenance(tmp_path):
-    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
-
-    def digest_of(content, **said):
-        weights.write_bytes(content)
-        config.write_text(json.dumps(said))
-        return running.model_digest(weights)
-
-    base = digest_of(b"w", steps=3, provenance=1)
-    assert base == digest_of(b"w", steps=3, provenance=2)
-    assert len({base, digest_of(b"v", steps=3), digest_of(b"w", steps=4)}) == 3
-    config.unlink()
-    with pytest.raises(UserError, match="part of the world-model artefact"):
-        running.model_digest(weights)
-
-
 def test_names_of_rollouts_are_unique():
     names = [Item(trial(i), repeat).name for i in range(3) for repeat in range(3)]
     assert len(set(names)) == 9

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.worlds import FACTORISED, FLOW, JOINT, make_network
 from workflow_src.common import sections
 from workflow_src.common.errors import UserError
+from workflow_src.rollouts.run import model_digest
 from workflow_src.world_model import artefact, environment
 from workflow_src.world_model.artefact import (
     Card,
@@ -292,3 +293,19 @@ def test_saving_without_a_tokenizer_is_one_line(tmp_path):
 
 def test_the_environment_is_registered():
     assert environment.WorldModelEnv.__name__ == "WorldModelEnv" and "WorldModel-v0" in gymnasium.registry
+
+
+def test_model_digest_follows_weights_and_settings_but_not_provenance(tmp_path):
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+
+    def digest_of(content, **said):
+        weights.write_bytes(content)
+        config.write_text(json.dumps(said))
+        return model_digest(weights)
+
+    base = digest_of(b"w", steps=3, provenance=1)
+    assert base == digest_of(b"w", steps=3, provenance=2)
+    assert len({base, digest_of(b"v", steps=3), digest_of(b"w", steps=4)}) == 3
+    config.unlink()
+    with pytest.raises(UserError, match="part of the world-model artefact"):
+        model_digest(weights)

@@ -49,9 +49,10 @@ def take_over(copy: Path, out: Path) -> None:
         raise UserError(
             f"{error}; this copy is removed: run again, and if that does not help mend the bucket"
         ) from None
-    names = sorted(path.name for path in copy.iterdir() if path.is_file() and path.name not in (TABLE,))
-    for name in [*(name for name in names if not name.startswith(".")), TABLE]:
-        link_or_copy(copy / name, out.with_name(name))
+    for path in sorted(copy.iterdir()):
+        if path.is_file() and not path.name.startswith(".") and path.name != TABLE:
+            link_or_copy(path, out.with_name(path.name))
+    link_or_copy(copy / TABLE, out)
 
 
 def _verify(store: EpisodeStore) -> None:

@@ -58,9 +58,10 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
     try:
         os.link(source, temporary)
     except OSError:
-        return copy_file(source, target)
-    os.replace(temporary, target)
-    return temporary.unlink(missing_ok=True)  # there still, where both names are the same file's already
+        copy_file(source, target)
+    else:
+        os.replace(temporary, target)
+        temporary.unlink(missing_ok=True)  # there still, where both names are the same file's already
 
 
 def create_array(path: str | Path, shape: tuple[int, ...], dtype: type) -> np.memmap:

@@ -10,16 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-MIX = {
-    "expert": 0.22,
-    "slow": 0.12,
-    "noisy": 0.26,
-    "failing": 0.12,
-    "random": 0.06,
-    "play": 0.1,
-    "idle": 0.05,
-    "pantomime": 0.07,
-}
+MIX = {"expert": 0.22, "slow": 0.12, "noisy": 0.26, "failing": 0.12, "random": 0.06, "play": 0.1, "idle": 0.05,
+       "pantomime": 0.07}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,13 +59,9 @@ class Episodes:
     # bucket (s3://…), from which train and validation are fetched.
     stores: dict[str, str] = field(default_factory=dict)
     recorded: Recorded = field(default_factory=Recorded)
-    splits: dict[str, Split] = field(
-        default_factory=lambda: {
-            "train": Split(episodes=800),
-            "validation": Split(episodes=64),
-            "judge": Split(episodes=200),
-        }
-    )
+    splits: dict[str, Split] = field(default_factory=lambda: {
+        "train": Split(episodes=800), "validation": Split(episodes=64), "judge": Split(episodes=200),
+    })  # fmt: skip
 
 
 # Fields of `Training` that say how it is done and not what comes out, rounding aside: its checkpoints outlive their change.
@@ -223,10 +211,7 @@ class BehaviourCloning:
 
 @dataclass(frozen=True)
 class Foreign:
-    """How a server of openpi's protocol that has never heard of this project is spoken to. Without `cameras`: as ours are.
-
-    `state` and `state_layout` say the same of a checkpoint that one of our servers loads; the rest is the server's alone.
-    """
+    """How a foreign server of openpi's protocol is spoken to. Of a checkpoint for a server of ours: its state alone."""
 
     cameras: tuple[str, ...] = ()  # keys of the images it wants; a rollout shows one
     image_size: int = 0  # pixels, square, bilinear with black bars as openpi's client resizes; 0: as it is
@@ -350,9 +335,8 @@ class Analysis:
 
     confidence: float = 0.95
     resamples: int = 2000
-    real_trials: int = (
-        10  # lab trials per task that the prediction-powered estimate may use; the others are imagined alone
-    )
+    # Lab trials per task that the prediction-powered estimate may use; the others are imagined alone.
+    real_trials: int = 10
 
 
 @dataclass(frozen=True)
@@ -392,9 +376,8 @@ class Config:
 
     seed: int = 0  # every other seed derives from it
     results: str = "results"
-    dataset: str = (
-        "all"  # recorded data that the target `recorded_data` makes: a registered set, or all of world_model.data
-    )
+    # Recorded data that the target `recorded_data` makes: a registered set, or all of world_model.data.
+    dataset: str = "all"
     lab: Lab = field(default_factory=Lab)
     episodes: Episodes = field(default_factory=Episodes)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)

@@ -68,6 +68,7 @@ def import_torch() -> Any:
     do not load and, for one of them that is not declared, nothing does. The networks need its Python part alone.
     """
     import torch
+    from torch import library
 
     try:
         import torchvision
@@ -77,7 +78,7 @@ def import_torch() -> Any:
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
         # Kept for ever: the declaration ends with the object.
-        import_torch.operators = torch.library.Library("torchvision", "DEF")
+        import_torch.operators = library.Library("torchvision", "DEF")
         import_torch.operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision  # noqa: F401
     return torch
