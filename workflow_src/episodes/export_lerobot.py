@@ -84,7 +84,7 @@ def _common(stores: list[EpisodeStore]) -> tuple[float, str, tuple[int, int], in
     """Rate, robot, size of the frames, and numbers in the robot's state (0: none is recorded)."""
     facts = {(float(row.control_hz), str(row.embodiment)) for store in stores for row in store.table.itertuples()}
     sizes = {store.image_size() for store in stores}
-    states = {_width(store, 0) for store in stores}
+    states = {_width(store.arrays(0)) for store in stores}
     names = [store.root.name for store in stores]
     if len(facts) != 1 or len(sizes) != 1 or len(states) != 1 or len(set(names)) < len(names):
         raise UserError(
@@ -95,35 +95,30 @@ def _common(stores: list[EpisodeStore]) -> tuple[float, str, tuple[int, int], in
     return hz, robot, sizes.pop(), states.pop()
 
 
-def _width(store: EpisodeStore, i: int) -> int:
-    state = store.arrays(i).get("robot_state")
+def _width(arrays: dict[str, np.ndarray]) -> int:
+    state = arrays.get("robot_state")
     return 0 if state is None else state.shape[1]
 
 
 def _frames(
     store: EpisodeStore, i: int, episode: int, first: int, hz: float, texts: list[str], width: int
 ) -> pd.DataFrame:
-    count = int(store.lengths[i])
-    actions = metric_actions(store, i, store.arrays(i), count)
-    last = np.zeros_like(actions[-1:])
-    last[:, GRIPPER] = actions[-1, GRIPPER]
-    return pd.DataFrame({
-        "action": list(np.concatenate([actions, last])), STATE: list(_state(store, i, count, width)),
-        "timestamp": (np.arange(count) / hz).astype(np.float32), "frame_index": np.arange(count),
-        "episode_index": episode, "index": first + np.arange(count),
-        "task_index": texts.index(store.table["instruction"].iloc[i]),
-    })  # fmt: skip
-
-
-def _state(store: EpisodeStore, i: int, count: int, width: int) -> np.ndarray:
-    """float32 (count, S). Raises UserError where `width` numbers are not what is recorded."""
-    if (found := _width(store, i)) != width:
+    count, arrays = int(store.lengths[i]), store.arrays(i)
+    if (found := _width(arrays)) != width:
         path = episode_paths(store.root, int(store.table["index"].iloc[i]))[1]
         raise UserError(
             f"{path}: robot_state has {found} numbers, in the first episode {width}; export stores of one robot"
         )
-    state = store.arrays(i)["robot_state"] if width else np.zeros((count, 0), np.float32)
-    return np.pad(state, ((0, 0), (0, max(0, FEWEST - width))))
+    state = arrays["robot_state"] if width else np.zeros((count, 0), np.float32)
+    actions = metric_actions(store, i, arrays, count)
+    last = np.zeros_like(actions[-1:])
+    last[:, GRIPPER] = actions[-1, GRIPPER]
+    return pd.DataFrame({
+        "action": list(np.concatenate([actions, last])), STATE: list(np.pad(state, ((0, 0), (0, max(0, FEWEST - width))))),
+        "timestamp": (np.arange(count) / hz).astype(np.float32), "frame_index": np.arange(count),
+        "episode_index": episode, "index": first + np.arange(count),
+        "task_index": texts.index(store.table["instruction"].iloc[i]),
+    })  # fmt: skip
 
 
 def _episode(table: pd.DataFrame, texts: list[str], hz: float) -> dict:
